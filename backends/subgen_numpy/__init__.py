@@ -1,0 +1,15 @@
+"""The NumPy backend: the hot operations with native words and writes into their own temporaries.
+
+A template for other backends; see `subgen.backends` for how they are found.
+"""
+
+from __future__ import annotations
+
+from subgen.backends import Backend
+
+from ._attention import weighted_attention
+from ._threefry import threefry2x32
+
+__all__ = ["BACKEND"]
+
+BACKEND = Backend("numpy", {"threefry2x32": threefry2x32, "weighted_attention": weighted_attention})

@@ -1,0 +1,13 @@
+"""Attention over long contexts from a sublinear summary of the KV cache (SubGen, arXiv 2402.06082)."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from . import backends, theory
+from .attention import attention
+from .sketch import AttentionSketch
+
+__all__ = ["AttentionSketch", "attention", "backends", "theory"]
+
+__version__ = version("subgen-attention")

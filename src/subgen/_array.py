@@ -1,0 +1,76 @@
+"""What the portable code needs beyond the array API standard: names, dtypes, bytes, slices."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, TypeAlias
+
+from array_api_compat import array_namespace
+
+__all__ = [
+    "Array",
+    "Namespace",
+    "array_namespace",
+    "chunks",
+    "compute_dtype",
+    "library_name",
+    "nbytes",
+    "positions",
+]
+
+# The array API has no static type that NumPy, torch and JAX arrays all satisfy.
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+
+
+def library_name(xp: Namespace) -> str:
+    """Name of the array library behind a namespace: ``"numpy"``, ``"torch"``, ``"jax"``, ...
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> library_name(array_namespace(np.zeros(1)))
+    'numpy'
+    """
+    name: str = xp.__name__
+    return name.removeprefix("array_api_compat.").split(".")[0]
+
+
+def compute_dtype(x: Array) -> Any:
+    """Return the dtype to compute in: float64 for float64 input, float32 for anything narrower."""
+    xp = array_namespace(x)
+    return xp.float64 if x.dtype == xp.float64 else xp.float32
+
+
+def positions(n: int, like: Array) -> Array:
+    """Return ``0 .. n - 1`` as int64 on the device of ``like``."""
+    xp = array_namespace(like)
+    return xp.arange(n, dtype=xp.int64, device=like.device)
+
+
+def _itemsize(x: Array) -> int:
+    xp = array_namespace(x)
+    if xp.isdtype(x.dtype, "bool"):
+        return 1
+    info = xp.finfo(x.dtype) if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype)
+    return int(info.bits) // 8
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of every array held by a dataclass, nested dataclasses included; padding counts."""
+    total = 0
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if hasattr(value, "shape"):
+            size = 1
+            for length in value.shape:
+                size *= int(length)
+            total += size * _itemsize(value)
+        elif hasattr(value, "__dataclass_fields__"):
+            total += nbytes(value)
+    return total
+
+
+def chunks(n: int, size: int) -> list[slice]:
+    """Cut ``0 .. n`` into consecutive slices of at most ``size``."""
+    return [slice(start, min(n, start + size)) for start in range(0, n, size)]

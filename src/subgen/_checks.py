@@ -1,0 +1,157 @@
+"""Bad input stops here: what was given, what was expected, what to do. Nothing is changed before these pass."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from ._array import Array, Namespace, array_namespace, library_name
+
+__all__ = [
+    "check_alike",
+    "check_block",
+    "check_finite",
+    "check_groups",
+    "check_integer",
+    "check_real",
+    "check_scale",
+    "check_seed",
+]
+
+
+def check_real(
+    name: str, value: Any, *, minimum: float = -math.inf, strict: bool = False, maximum: float = math.inf
+) -> float:
+    """Return a finite real number within bounds as a float; ``strict`` excludes the minimum."""
+    bound = f"{'above' if strict else 'at least'} {minimum:g}" if minimum > -math.inf else "finite"
+    if maximum < math.inf:
+        bound += f" and at most {maximum:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number {bound}, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum or (strict and number == minimum) or number > maximum:
+        raise ValueError(f"{name} must be a real number {bound}, got {value!r}")
+    return number
+
+
+def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """Return an integer within bounds as an int."""
+    bound = f"an integer of at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {bound}, got {value!r} ({type(value).__name__})")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+    return int(value)
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed in ``[0, 2**64)``."""
+    return check_integer("seed", seed, minimum=0, maximum=2**64 - 1)
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """Return the factor of the logits; ``None`` means ``head_dim ** -0.5``."""
+    if scale is None:
+        return float(head_dim) ** -0.5
+    return check_real("scale", scale, minimum=0.0, strict=True)
+
+
+def _namespace(name: str, x: Any) -> Namespace:
+    try:
+        return array_namespace(x)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an array of an array API library (NumPy, torch, CuPy, JAX, ...), got "
+            f"{type(x).__name__}; convert it first, for example with numpy.asarray"
+        ) from None
+
+
+def _check_array(name: str, x: Any) -> None:
+    xp = _namespace(name, x)
+    try:
+        floating = xp.isdtype(x.dtype, "real floating")
+    except TypeError:  # a dtype the library itself does not know, such as ml_dtypes' bfloat16 in NumPy
+        floating = False
+    if not floating:
+        raise TypeError(
+            f"{name} must have a real floating dtype that {library_name(xp)} computes with, got {x.dtype}; "
+            f"cast it first, for example to float32"
+        )
+    if len(x.shape) < 2:
+        raise ValueError(f"{name} must have shape (..., tokens, head_dim), got {tuple(x.shape)}")
+    if 0 in tuple(x.shape):
+        raise ValueError(
+            f"{name} is empty: got shape {tuple(x.shape)}; pass at least one stream, token and dimension, "
+            f"or skip the call"
+        )
+    if library_name(xp) == "jax" and "int64" not in xp.__array_namespace_info__().dtypes():
+        raise TypeError(
+            "subgen counts and clusters in 64 bits, which JAX has switched off: call "
+            "jax.config.update('jax_enable_x64', True) at the start of the program"
+        )
+
+
+def check_alike(name: str, x: Array, other_name: str, other: Array) -> None:
+    """Library, dtype and device of two arrays must agree."""
+    xp, other_xp = _namespace(name, x), _namespace(other_name, other)
+    if xp is not other_xp:
+        raise TypeError(
+            f"{name} is an array of {library_name(xp)} but {other_name} of {library_name(other_xp)}; "
+            f"convert one of them"
+        )
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype} but {other_name} {other.dtype}; cast one of them")
+    if x.device != other.device:
+        raise TypeError(
+            f"{name} is on device {x.device} but {other_name} on {other.device}; move one of them"
+        )
+
+
+def check_finite(name: str, x: Array) -> None:
+    """Raise if a number is NaN or infinite."""
+    xp = array_namespace(x)
+    if not bool(xp.all(xp.isfinite(x))):
+        raise ValueError(
+            f"{name} holds NaN or infinity; nothing was changed. Look for an overflow (float16 ends at 65504) "
+            f"or an uninitialised array upstream"
+        )
+
+
+def check_block(keys: Any, values: Any) -> None:
+    """Check a block of pairs: ``(..., n, head_dim)`` and ``(..., n, value_dim)``, alike and finite."""
+    _check_array("keys", keys)
+    _check_array("values", values)
+    check_alike("values", values, "keys", keys)
+    if tuple(keys.shape[:-1]) != tuple(values.shape[:-1]):
+        raise ValueError(
+            f"keys and values must agree in every axis but the last: got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)}; expected (..., kv_heads, n, head_dim) and (..., kv_heads, n, value_dim)"
+        )
+    check_finite("keys", keys)
+    check_finite("values", values)
+
+
+def check_groups(
+    queries: Any, keys: Any, name: str = "keys", keys_shape: tuple[int, ...] | None = None
+) -> None:
+    """Check that queries fit keys: same streams and head_dim, heads a multiple of the key-value heads."""
+    _check_array("queries", queries)
+    check_alike("queries", queries, name, keys)
+    shape = tuple(queries.shape)
+    key_shape = tuple(keys.shape) if keys_shape is None else keys_shape
+    if shape[-1] != key_shape[-1]:
+        raise ValueError(
+            f"queries have head_dim {shape[-1]} (shape {shape}) but {name} {key_shape[-1]} {key_shape}"
+        )
+    if len(shape) != len(key_shape) or shape[:-3] != key_shape[:-3]:
+        raise ValueError(
+            f"queries and {name} must have the same leading axes: got {shape} and {key_shape}; expected "
+            f"(..., q_heads, m, head_dim) and (..., kv_heads, n, head_dim)"
+        )
+    if len(shape) > 2 and shape[-3] % key_shape[-3]:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the key-value heads: got {shape[-3]} query heads "
+            f"(shape {shape}) for {key_shape[-3]} key-value heads (shape {key_shape})"
+        )
+    check_finite("queries", queries)

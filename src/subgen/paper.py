@@ -1,0 +1,322 @@
+"""Algorithm 1 of SubGen (arXiv 2402.06082), exactly.
+
+Data flow of one block of tokens, all streams at once::
+
+    keys ---> assign_leaders ---> assignment --> counts n_i --------------------.
+      |            (clustering)        '-------> uniform_rounds --> samples S_i --+--> tau --.
+      |                                             (sampling)                               +--> z / tau
+    values -> squared norms -> running weight mu --> weighted_rounds --> slots M ----> z ---'
+
+The answer to a query q is ``z / tau`` with
+
+- ``z = sum over M of mu / (s ||v||^2) e^<q,k> v``,
+- ``tau = sum over i of n_i / t * sum over S_i of e^<q,k>``,
+
+both of them one weighted attention, so that large logits do no harm.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ._array import Array, array_namespace, chunks, compute_dtype, positions
+from .attention import merge_attention
+from .backends import Operations
+from .clustering import append_leaders, room_for
+from .counter import stream_key
+from .sampling import group_tokens, latest, uniform_rounds, weighted_rounds
+from .sampling import replace as replace_slots
+from .state import Clusters, PaperState, ValueReservoir
+
+__all__ = ["Paper"]
+
+_CLUSTER_DRAWS, _VALUE_DRAWS = 1, 2
+
+# Numbers held at once by the temporaries of a block, per kind.
+_AT_ONCE = 1 << 22
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The algorithm and its parameters; all of its functions are pure.
+
+    Parameters
+    ----------
+    delta : float
+        Radius of a cluster, in the units of the keys.
+    t : int
+        Samples per cluster.
+    s : int
+        Samples of the values.
+    scale : float or None
+        Factor of the logits; ``None`` means ``head_dim ** -0.5``, the paper's is 1.
+    seed : int
+        In ``[0, 2**64)``.
+    """
+
+    delta: float
+    t: int
+    s: int
+    scale: float | None
+    seed: int
+
+    def init(self, keys: Array, values: Array) -> PaperState:
+        """Return the empty state for streams like ``(streams, n, head_dim)`` and ``(streams, n, value_dim)``."""
+        xp = array_namespace(keys)
+        streams, device = keys.shape[0], keys.device
+        d, e, capacity = keys.shape[-1], values.shape[-1], room_for(0)
+
+        def zeros(*shape: int, dtype: object = keys.dtype) -> Array:
+            return xp.zeros((streams, *shape), dtype=dtype, device=device)
+
+        clusters = Clusters(
+            centres=zeros(capacity, d),
+            counts=zeros(capacity, dtype=xp.int64),
+            samples=zeros(capacity, self.t, d),
+            due=zeros(capacity, self.t, dtype=xp.int64) + 1,
+        )
+        # Due at any positive weight: the first value that is not zero fills every slot, with probability 1.
+        smallest = float(xp.finfo(xp.float64).smallest_normal)
+        reservoir = ValueReservoir(
+            keys=zeros(self.s, d),
+            values=zeros(self.s, e),
+            due=zeros(self.s, dtype=xp.float64) + smallest,
+            weight=zeros(dtype=xp.float64),
+        )
+        return PaperState(clusters, reservoir, 0)
+
+    def n_clusters(self, state: PaperState) -> Array:
+        """Count the live clusters: int64, shape (streams,)."""
+        xp = array_namespace(state.clusters.counts)
+        return xp.sum(xp.astype(state.clusters.counts > 0, xp.int64), axis=-1)
+
+    def update(
+        self, state: PaperState, keys: Array, values: Array, heads: Array, ops: Operations
+    ) -> PaperState:
+        """Absorb tokens.
+
+        Parameters
+        ----------
+        state : PaperState
+        keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
+        heads : int64 array, shape (streams,)
+            Index of each stream along the axis before the tokens.
+        ops : Operations
+
+        Returns
+        -------
+        PaperState
+        """
+        for part in chunks(keys.shape[1], self._block(state, 1)):
+            state, _ = self._advance(state, keys[:, part, :], values[:, part, :], heads, ops, None)
+        return state
+
+    def step(
+        self, state: PaperState, rows: Array, keys: Array, values: Array, heads: Array, ops: Operations
+    ) -> tuple[PaperState, Array]:
+        """Absorb tokens and answer at each of them, as if they came one by one.
+
+        Parameters
+        ----------
+        state, keys, values, heads, ops
+            As in `update`.
+        rows : array, shape (streams, group, n, head_dim)
+            Scaled queries of the query heads that share a stream; query i is answered after token i.
+
+        Returns
+        -------
+        state : PaperState
+        outputs : array, shape (streams, group, n, value_dim)
+        """
+        xp = array_namespace(keys)
+        outputs, start, n = [], 0, keys.shape[1]
+        while start < n:
+            part = slice(start, min(n, start + self._block(state, rows.shape[1])))
+            state, output = self._advance(
+                state, keys[:, part, :], values[:, part, :], heads, ops, rows[:, :, part, :]
+            )
+            outputs.append(output)
+            start = part.stop
+        return state, xp.concat(outputs, axis=2)
+
+    def attend(self, state: PaperState, rows: Array, ops: Operations) -> Array:
+        """Answer queries from the state: ``(streams, m, head_dim)``, scaled, to ``(streams, m, value_dim)``."""
+        xp = array_namespace(rows)
+        clusters, reservoir = state.clusters, state.reservoir
+        log_counts = _log(xp.astype(clusters.counts, rows.dtype)) - math.log(self.t)
+        log_counts = xp.repeat(log_counts, self.t, axis=-1)[:, None, :]
+        log_rates = (_log(reservoir.weight)[:, None] - self._log_norms(reservoir.values))[:, None, :]
+        log_rates = xp.astype(log_rates, rows.dtype)
+        samples = _flat(clusters.samples)
+        outputs = []
+        per_row = rows.shape[0] * (samples.shape[1] + self.s)
+        for part in chunks(rows.shape[1], max(1, 2 * _AT_ONCE // per_row)):
+            denominator = ops.weighted_attention(rows[:, part, :], samples, samples[..., :1], log_counts)[1]
+            numerator = ops.weighted_attention(rows[:, part, :], reservoir.keys, reservoir.values, log_rates)
+            outputs.append(_ratio(numerator, denominator))
+        return outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=1)
+
+    def _block(self, state: PaperState, group: int) -> int:
+        """Tokens to take at once, so that temporaries stay small; the answer does not depend on it."""
+        streams, capacity = state.clusters.counts.shape
+        return max(1, min(_BLOCK, _AT_ONCE // (streams * group * (capacity * self.t + self.s + _BLOCK))))
+
+    def _log_norms(self, values: Array) -> Array:
+        """Return ``log(s ||v||^2)``; ``inf`` for a zero vector, which then weighs nothing."""
+        xp = array_namespace(values)
+        squared = _squared_norms(values)
+        return xp.where(squared > 0, _log(squared) + math.log(self.s), xp.full_like(squared, math.inf))
+
+    def _advance(
+        self,
+        state: PaperState,
+        keys: Array,
+        values: Array,
+        heads: Array,
+        ops: Operations,
+        rows: Array | None,
+    ) -> tuple[PaperState, Array | None]:
+        xp = array_namespace(keys)
+        streams, n = keys.shape[:2]
+
+        # UpdateSoftmaxNormalizer
+        before = self.n_clusters(state)
+        assignment, opened = ops.assign_leaders(keys, state.clusters.centres, before, self.delta)
+        most = int(xp.max(before + xp.sum(xp.astype(opened, xp.int64), axis=-1)))
+        old = _with_room(state.clusters, room_for(most))
+        order, start, added = group_tokens(assignment, old.counts.shape[1])
+        key0, key1 = stream_key(self.seed, _CLUSTER_DRAWS, heads, ops.threefry2x32)
+        due, rounds = uniform_rounds(
+            old.due,
+            old.counts,
+            order,
+            start,
+            added,
+            (key0[:, None, None], key1[:, None, None]),
+            ops.threefry2x32,
+        )
+        key_rounds = [xp.reshape(tokens, (streams, -1)) for tokens in rounds]
+        samples = old.samples
+        if key_rounds:
+            samples = xp.reshape(replace_slots(_flat(samples), keys, latest(key_rounds, n)), samples.shape)
+        centres = append_leaders(old.centres, before, keys, opened)
+        clusters = Clusters(centres, old.counts + added, samples, due)
+
+        # UpdateMatrixProduct. The sum runs on from the last weight, so a stream cut elsewhere adds alike.
+        reservoir = state.reservoir
+        totals = xp.concat([reservoir.weight[:, None], _squared_norms(values)], axis=1)
+        totals = xp.cumulative_sum(totals, axis=1)[:, 1:]
+        key0, key1 = stream_key(self.seed, _VALUE_DRAWS, heads, ops.threefry2x32)
+        due, value_rounds = weighted_rounds(
+            reservoir.due, totals, state.n_seen, (key0[:, None], key1[:, None]), ops.threefry2x32
+        )
+        filled = replace(reservoir, due=due, weight=totals[:, -1])
+        if value_rounds:
+            last = latest(value_rounds, n)
+            filled = replace(
+                filled,
+                keys=replace_slots(reservoir.keys, keys, last),
+                values=replace_slots(reservoir.values, values, last),
+            )
+        after = PaperState(clusters, filled, state.n_seen + n)
+        if rows is None:
+            return after, None
+
+        # Answers at each token: every content of a slot counts for the tokens at which the slot held it.
+        streams, group, _, head_dim = rows.shape
+        rows = xp.reshape(rows, (streams, group * n, head_dim))
+        member = assignment[:, :, None] == positions(old.counts.shape[1], keys)[None, None, :]
+        counts = old.counts[:, None, :] + xp.cumulative_sum(xp.astype(member, xp.int64), axis=1)
+        log_counts = _log(xp.astype(counts, rows.dtype)) - math.log(self.t)
+        log_counts = xp.repeat(log_counts, self.t, axis=-1)
+        log_totals = _log(totals)[:, :, None]
+
+        def partial(content: Array, value: Array, log_weights: Array, held: Array) -> tuple[Array, Array]:
+            log_weights = xp.astype(log_weights, rows.dtype, copy=False)
+            bias = xp.where(held, log_weights, xp.full_like(log_weights, -math.inf))
+            return ops.weighted_attention(rows, content, value, xp.tile(bias, (1, group, 1)))
+
+        denominator = None
+        for content, held in _contents([_flat(old.samples)], [keys], key_rounds, n):
+            piece = partial(content[0], content[0][..., :1], log_counts, held)
+            denominator = piece if denominator is None else merge_attention(denominator, piece)
+        numerator = None
+        for content, held in _contents([reservoir.keys, reservoir.values], [keys, values], value_rounds, n):
+            log_rates = log_totals - self._log_norms(content[1])[:, None, :]
+            piece = partial(content[0], content[1], log_rates, held)
+            numerator = piece if numerator is None else merge_attention(numerator, piece)
+        output = _ratio(numerator, denominator[1])  # type: ignore[arg-type,index]
+        return after, xp.reshape(output, (streams, group, n, output.shape[-1]))
+
+
+def _contents(
+    held: list[Array], block: list[Array], rounds: list[Array], n: int
+) -> list[tuple[list[Array], Array]]:
+    """List what the slots held, round by round, and when: bool arrays (streams, n, slots) over the tokens."""
+    xp = array_namespace(block[0])
+    token = positions(n, block[0])[None, :, None]
+    begin = xp.zeros_like(held[0][:, :, 0], dtype=xp.int64)
+    contents = []
+    for upcoming in [*rounds, None]:
+        since = token >= begin[:, None, :]
+        contents.append((held, since if upcoming is None else since & (token < upcoming[:, None, :])))
+        if upcoming is not None:
+            # A slot that is not replaced in this round begins past the end in the next: it held all it will hold.
+            held = [replace_slots(old, new, upcoming) for old, new in zip(held, block, strict=True)]
+            begin = upcoming
+    return contents
+
+
+def _with_room(clusters: Clusters, capacity: int) -> Clusters:
+    """Pad the arrays of the clusters to a capacity; a cluster that has not opened is due at its first member."""
+    extra = capacity - clusters.counts.shape[1]
+    if extra <= 0:
+        return clusters
+
+    def pad(x: Array, value: int = 0) -> Array:
+        xp = array_namespace(x)
+        shape = (x.shape[0], extra, *x.shape[2:])
+        return xp.concat([x, xp.full(shape, value, dtype=x.dtype, device=x.device)], axis=1)
+
+    return Clusters(pad(clusters.centres), pad(clusters.counts), pad(clusters.samples), pad(clusters.due, 1))
+
+
+def _flat(samples: Array) -> Array:
+    """Join clusters and slots: ``(streams, clusters, t, head_dim)`` to ``(streams, clusters * t, head_dim)``."""
+    xp = array_namespace(samples)
+    return xp.reshape(samples, (samples.shape[0], -1, samples.shape[-1]))
+
+
+def _squared_norms(values: Array) -> Array:
+    xp = array_namespace(values)
+    wide = xp.astype(values, xp.float64, copy=False)
+    return xp.sum(wide * wide, axis=-1)
+
+
+def _log(x: Array) -> Array:
+    """Logarithm with ``log 0 = -inf`` and no warning."""
+    xp = array_namespace(x)
+    positive = x > 0
+    return xp.where(positive, xp.log(xp.where(positive, x, xp.ones_like(x))), xp.full_like(x, -math.inf))
+
+
+def _ratio(numerator: tuple[Array, Array], denominator: Array) -> Array:
+    """``z / tau`` from a normalised z with its logarithm, and log tau; saturates instead of overflowing.
+
+    Where the samples of D miss the keys that M found (logits spread over thousands) the paper's ratio is a number
+    that no float holds.
+    """
+    output, log_mass = numerator
+    xp = array_namespace(output)
+    info = xp.finfo(compute_dtype(output))
+    log_ratio = xp.where(xp.isfinite(log_mass), log_mass - denominator, xp.full_like(log_mass, -math.inf))
+    largest = math.log(float(info.max)) - 1.0
+    ratio = xp.exp(xp.where(log_ratio < largest, log_ratio, xp.full_like(log_ratio, largest)))[..., None]
+    # The product would overflow where |output| * ratio does; compare before multiplying.
+    limit = float(info.max) / 2.0
+    fits = xp.abs(output) < limit / xp.where(ratio > 1.0, ratio, xp.ones_like(ratio))
+    return xp.where(fits, output, xp.zeros_like(output)) * ratio + xp.where(
+        fits, xp.zeros_like(output), xp.sign(output) * limit
+    )

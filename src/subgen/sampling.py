@@ -1,0 +1,212 @@
+"""Reservoirs by skips: uniform over a cluster's members, and weighted by squared norm over all tokens.
+
+A slot that flips a coin at every token is the same in distribution as one that draws, when it is replaced, the
+moment of its next replacement; so a slot costs O(log n) random numbers over a stream of n tokens.
+
+- Uniform (line S_i of UpdateSoftmaxNormalizer): replaced when the count was n, a slot survives until the count n'
+  with probability n / n'; so it is next replaced at ``floor(n / u) + 1``.
+- Weighted (UpdateMatrixProduct): replaced at total weight mu, a slot survives until the total mu' with probability
+  mu / mu'; so it is next replaced at the token that brings the total to ``mu / u``.
+
+``due`` holds those moments. A block of tokens is a few *rounds*: each gives, for every slot, the token that
+replaces it next. The rounds tell both what the slots hold after the block and what they held at each token of it.
+"""
+
+from __future__ import annotations
+
+from ._array import Array, array_namespace, positions
+from .counter import DRAW_BITS, Threefry, draws
+
+__all__ = ["first_reaching", "group_tokens", "latest", "replace", "uniform_rounds", "weighted_rounds"]
+
+
+def first_reaching(ascending: Array, targets: Array) -> Array:
+    """Index of the first entry that is at least the target, or the length where none is; row by row.
+
+    Parameters
+    ----------
+    ascending : array, shape (streams, n)
+        Non-decreasing along the last axis.
+    targets : array, shape (streams, m)
+
+    Returns
+    -------
+    int64 array, shape (streams, m)
+    """
+    xp = array_namespace(ascending)
+    n = ascending.shape[1]
+    low = xp.zeros_like(targets, dtype=xp.int64)
+    high = xp.full_like(low, n)
+    for _ in range(n.bit_length()):
+        middle = (low + high) // 2
+        # Rows whose search has ended (low == high == n) look at the last entry, which changes nothing.
+        entry = xp.take_along_axis(
+            ascending, xp.where(middle < n, middle, xp.full_like(middle, n - 1)), axis=1
+        )
+        reached = (entry >= targets) | (middle >= high)
+        high = xp.where(reached, middle, high)
+        low = xp.where(reached, low, middle + 1)
+    return high
+
+
+def _draw(hit: Array, key: tuple[Array, Array], slots: Array, numbers: Array, threefry: Threefry) -> Array:
+    """Draw for the slots that are hit, zero elsewhere: encrypting only the few that need it."""
+    xp = array_namespace(hit)
+    flat = xp.reshape(hit, (-1,))
+    (chosen,) = xp.nonzero(flat)
+    # Padded to a power of two, so that libraries that compile per shape see few of them.
+    size = 1 << max(4, (int(chosen.shape[0]) - 1).bit_length())
+    chosen = xp.concat(
+        [chosen, xp.zeros((size - chosen.shape[0],), dtype=chosen.dtype, device=chosen.device)]
+    )
+
+    def pick(x: Array) -> Array:
+        return xp.take(xp.reshape(xp.broadcast_to(x, hit.shape), (-1,)), chosen)
+
+    drawn = draws((pick(key[0]), pick(key[1])), pick(slots), pick(numbers), threefry)
+    rank = xp.cumulative_sum(xp.astype(flat, xp.int64)) - 1
+    drawn = xp.take(drawn, xp.where(flat, rank, xp.zeros_like(rank)))
+    return xp.reshape(xp.where(flat, drawn, xp.zeros_like(drawn)), hit.shape)
+
+
+def group_tokens(assignment: Array, capacity: int) -> tuple[Array, Array, Array]:
+    """Sort the tokens of a block by cluster, in order of arrival.
+
+    Parameters
+    ----------
+    assignment : int64 array, shape (streams, n)
+    capacity : int
+        Number of clusters to speak of.
+
+    Returns
+    -------
+    order : int64 array, shape (streams, n)
+        Tokens, cluster after cluster.
+    start, added : int64 arrays, shape (streams, capacity)
+        Where each cluster's tokens begin in ``order``, and how many there are.
+    """
+    xp = array_namespace(assignment)
+    order = xp.argsort(assignment, axis=-1, stable=True)
+    in_order = xp.take_along_axis(assignment, order, axis=-1)
+    clusters = xp.broadcast_to(
+        positions(capacity + 1, assignment)[None, :], (assignment.shape[0], capacity + 1)
+    )
+    bounds = first_reaching(in_order, clusters)
+    return order, bounds[:, :-1], bounds[:, 1:] - bounds[:, :-1]
+
+
+def uniform_rounds(
+    due: Array,
+    counts: Array,
+    order: Array,
+    start: Array,
+    added: Array,
+    key: tuple[Array, Array],
+    threefry: Threefry,
+) -> tuple[Array, list[Array]]:
+    """Replacements of the uniform reservoirs of every cluster in a block.
+
+    Parameters
+    ----------
+    due : int64 array, shape (streams, clusters, slots)
+        The count at which each slot is next replaced; 1 for a cluster that has not opened.
+    counts : int64 array, shape (streams, clusters)
+        Members before the block.
+    order, start, added : int64 arrays
+        From `group_tokens`.
+    key : (int64 array, int64 array)
+        Each of shape (streams, 1, 1).
+    threefry : callable
+
+    Returns
+    -------
+    due : int64 array
+        After the block.
+    rounds : list of int64 arrays, shape (streams, clusters, slots)
+        The token that replaces the slot in each round; the length of the block where none does.
+    """
+    xp = array_namespace(due)
+    streams, n_clusters, t = due.shape
+    n = order.shape[1]
+    end = (counts + added)[:, :, None]
+    slots = xp.reshape(positions(n_clusters * t, due), (1, n_clusters, t))
+    rounds = []
+    hit = due <= end
+    while bool(xp.any(hit)):
+        place = xp.where(hit, start[:, :, None] + due - counts[:, :, None] - 1, xp.zeros_like(due))
+        token = xp.take_along_axis(order, xp.reshape(place, (streams, -1)), axis=-1)
+        rounds.append(xp.where(hit, xp.reshape(token, due.shape), xp.full_like(due, n)))
+        drawn = _draw(hit, key, slots, due, threefry)
+        skipped = (due << DRAW_BITS) // xp.where(hit, drawn, xp.ones_like(drawn)) + 1
+        due = xp.where(hit, skipped, due)
+        hit = due <= end
+    return due, rounds
+
+
+def weighted_rounds(
+    due: Array, totals: Array, first: int, key: tuple[Array, Array], threefry: Threefry
+) -> tuple[Array, list[Array]]:
+    """Replacements of the norm-weighted reservoir in a block.
+
+    Parameters
+    ----------
+    due : float64 array, shape (streams, slots)
+        The running weight at which each slot is next replaced; positive.
+    totals : float64 array, shape (streams, n)
+        Running weight after each token of the block.
+    first : int
+        Position of the block's first token in the stream.
+    key : (int64 array, int64 array)
+        Each of shape (streams, 1).
+    threefry : callable
+
+    Returns
+    -------
+    due : float64 array
+        After the block.
+    rounds : list of int64 arrays, shape (streams, slots)
+        As `uniform_rounds` gives them.
+    """
+    xp = array_namespace(due)
+    n = totals.shape[1]
+    slots = positions(due.shape[1], due)[None, :]
+    rounds = []
+    hit = due <= totals[:, -1:]
+    while bool(xp.any(hit)):
+        token = first_reaching(totals, due)
+        rounds.append(token)
+        safe = xp.where(hit, token, xp.zeros_like(token))
+        drawn = _draw(hit, key, slots, safe + first, threefry)
+        u = xp.astype(xp.where(hit, drawn, xp.ones_like(drawn)), xp.float64) * 2.0**-DRAW_BITS
+        due = xp.where(hit, xp.take_along_axis(totals, safe, axis=-1) / u, due)
+        hit = due <= totals[:, -1:]
+    return due, rounds
+
+
+def latest(rounds: list[Array], n: int) -> Array:
+    """Return the token each slot was last replaced by in a block of ``n``, or ``n`` where it was not."""
+    last = rounds[0]
+    xp = array_namespace(last)
+    for tokens in rounds[1:]:
+        last = xp.where(tokens < n, tokens, last)
+    return last
+
+
+def replace(content: Array, block: Array, tokens: Array) -> Array:
+    """Put tokens of the block into slots.
+
+    Parameters
+    ----------
+    content : array, shape (streams, slots, dim)
+    block : array, shape (streams, n, dim)
+    tokens : int64 array, shape (streams, slots)
+        The token for each slot; ``n`` leaves the slot as it is.
+
+    Returns
+    -------
+    array, shape (streams, slots, dim)
+    """
+    xp = array_namespace(content)
+    hit = tokens < block.shape[1]
+    fresh = xp.take_along_axis(block, xp.where(hit, tokens, xp.zeros_like(tokens))[:, :, None], axis=1)
+    return xp.where(hit[:, :, None], fresh, content)
