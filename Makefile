@@ -1,17 +1,17 @@
-# One command each: demo, test, lint, bench. Every target makes its own environment first.
+# One command each: demo, test, lint, bench, long-stream. Every target makes its own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= 2
-export OPENBLAS_NUM_THREADS ?= 2
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint bench long-stream clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -19,7 +19,10 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	cd asv_benchmarks && ../$(BIN)/asv run --environment existing:../$(BIN)/python --quick --show-stderr --dry-run
+	cd asv_benchmarks && $(abspath $(BIN))/asv run --environment existing:$(abspath $(BIN))/python --quick --show-stderr --dry-run
+
+long-stream: $(VENV)/.demo
+	$(BIN)/python asv_benchmarks/long_stream.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

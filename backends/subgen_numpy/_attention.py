@@ -12,10 +12,8 @@ __all__ = ["weighted_attention"]
 Floats = NDArray[np.floating[Any]]
 
 
-def weighted_attention(
-    queries: Floats, keys: Floats, values: Floats, log_weights: Floats
-) -> tuple[Floats, Floats]:
-    """Weighted softmax attention; see `subgen.attention.weighted_attention`."""
+def weighted_attention(queries: Floats, keys: Floats, values: Floats, log_weights: Floats) -> tuple[Floats, Floats]:
+    """Weighted softmax attention; see `subgen.weighted.weighted_attention`."""
     dtype = queries.dtype
     logits = queries @ keys.astype(dtype, copy=False).swapaxes(-1, -2)
     logits += log_weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from . import backends, theory
-from .attention import attention
+from .exact import attention
 from .sketch import AttentionSketch
 
 __all__ = ["AttentionSketch", "attention", "backends", "theory"]

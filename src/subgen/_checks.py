@@ -40,9 +40,10 @@ def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int | Non
     bound = f"an integer of at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be {bound}, got {value!r} ({type(value).__name__})")
-    if value < minimum or (maximum is not None and value > maximum):
+    number = int(value)
+    if number < minimum or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {bound}, got {value!r}")
-    return int(value)
+    return number
 
 
 def check_seed(seed: Any) -> int:
@@ -53,7 +54,7 @@ def check_seed(seed: Any) -> int:
 def check_scale(scale: Any, head_dim: int) -> float:
     """Return the factor of the logits; ``None`` means ``head_dim ** -0.5``."""
     if scale is None:
-        return float(head_dim) ** -0.5
+        return 1.0 / math.sqrt(head_dim)
     return check_real("scale", scale, minimum=0.0, strict=True)
 
 
@@ -103,9 +104,7 @@ def check_alike(name: str, x: Array, other_name: str, other: Array) -> None:
     if x.dtype != other.dtype:
         raise TypeError(f"{name} has dtype {x.dtype} but {other_name} {other.dtype}; cast one of them")
     if x.device != other.device:
-        raise TypeError(
-            f"{name} is on device {x.device} but {other_name} on {other.device}; move one of them"
-        )
+        raise TypeError(f"{name} is on device {x.device} but {other_name} on {other.device}; move one of them")
 
 
 def check_finite(name: str, x: Array) -> None:
@@ -132,18 +131,14 @@ def check_block(keys: Any, values: Any) -> None:
     check_finite("values", values)
 
 
-def check_groups(
-    queries: Any, keys: Any, name: str = "keys", keys_shape: tuple[int, ...] | None = None
-) -> None:
+def check_groups(queries: Any, keys: Any, name: str = "keys", keys_shape: tuple[int, ...] | None = None) -> None:
     """Check that queries fit keys: same streams and head_dim, heads a multiple of the key-value heads."""
     _check_array("queries", queries)
     check_alike("queries", queries, name, keys)
     shape = tuple(queries.shape)
     key_shape = tuple(keys.shape) if keys_shape is None else keys_shape
     if shape[-1] != key_shape[-1]:
-        raise ValueError(
-            f"queries have head_dim {shape[-1]} (shape {shape}) but {name} {key_shape[-1]} {key_shape}"
-        )
+        raise ValueError(f"queries have head_dim {shape[-1]} (shape {shape}) but {name} {key_shape[-1]} {key_shape}")
     if len(shape) != len(key_shape) or shape[:-3] != key_shape[:-3]:
         raise ValueError(
             f"queries and {name} must have the same leading axes: got {shape} and {key_shape}; expected "

@@ -37,9 +37,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ._array import Array, array_namespace, library_name
-from .attention import weighted_attention
 from .clustering import assign_leaders
 from .counter import threefry2x32
+from .weighted import weighted_attention
 
 __all__ = ["PORTABLE", "Backend", "BackendError", "Operations", "get", "names", "operations_for", "register"]
 
@@ -138,8 +138,7 @@ def get(name: str) -> Backend:
         backend = points[name].load()
     except Exception as error:
         raise BackendError(
-            f"backend {name!r} ({points[name].value}) is installed but does not load: "
-            f"{type(error).__name__}: {error}"
+            f"backend {name!r} ({points[name].value}) is installed but does not load: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(backend, Backend):
         raise BackendError(

@@ -51,9 +51,7 @@ def threefry2x32(key0: Array, key1: Array, counter0: Array, counter1: Array) -> 
     return x0, x1
 
 
-def stream_key(
-    seed: int, purpose: int, heads: Array, threefry: Threefry = threefry2x32
-) -> tuple[Array, Array]:
+def stream_key(seed: int, purpose: int, heads: Array, threefry: Threefry = threefry2x32) -> tuple[Array, Array]:
     """Derive the key of each stream from the seed, the purpose of the draws and the head it belongs to.
 
     Parameters

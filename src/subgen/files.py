@@ -63,9 +63,7 @@ def read_capture(path: str | Path) -> Capture:
     except FileError:
         raise
     except Exception as error:  # whatever a broken file makes the readers raise
-        raise FileError(
-            f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}"
-        ) from error
+        raise FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}") from error
     return _as_capture(path, arrays)
 
 
@@ -107,18 +105,14 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     if not zipfile.is_zipfile(path):
         raise FileError(f"{path}: not an .npz file (no zip archive), or cut short; {_HELP}")
     with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files if name in ("q", "k", "v")} or _missing(
-            path, archive.files
-        )
+        return {name: archive[name] for name in _wanted(path, archive.files)}
 
 
 def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as archive:
-        names = [name for name in archive.keys() if name in ("q", "k", "v")]  # noqa: SIM118
-        if not names:
-            return _missing(path, list(archive.keys()))
+        names = _wanted(path, list(archive.keys()))
         if any(archive.get_slice(name).get_dtype() == "BF16" for name in names):
             return _read_bfloat16(path, names)
         return {name: archive.get_tensor(name) for name in names}
@@ -141,13 +135,15 @@ def _read_bfloat16(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _missing(path: Path, found: list[str]) -> Any:
-    raise FileError(f"{path}: holds {sorted(found) or 'nothing'} but not q, k and v; {_HELP}")
+def _wanted(path: Path, found: list[str]) -> list[str]:
+    """Return the names to read; other arrays in the file are left alone."""
+    wanted = [name for name in found if name in ("q", "k", "v")]
+    if len(wanted) < 3:
+        raise FileError(f"{path}: holds {sorted(found) or 'nothing'} and lacks {sorted({*'qkv'} - {*wanted})}; {_HELP}")
+    return wanted
 
 
 def _as_capture(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Capture:
-    if set(arrays) != {"q", "k", "v"}:
-        raise FileError(f"{path}: lacks {sorted({'q', 'k', 'v'} - set(arrays))}; {_HELP}")
     for name, array in arrays.items():
         if array.ndim != 3 or 0 in array.shape or array.dtype.kind != "f":
             raise FileError(f"{path}: {name} has shape {array.shape} and dtype {array.dtype}; {_HELP}")

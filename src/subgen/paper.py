@@ -21,13 +21,13 @@ import math
 from dataclasses import dataclass, replace
 
 from ._array import Array, array_namespace, chunks, compute_dtype, positions
-from .attention import merge_attention
 from .backends import Operations
 from .clustering import append_leaders, room_for
 from .counter import stream_key
 from .sampling import group_tokens, latest, uniform_rounds, weighted_rounds
 from .sampling import replace as replace_slots
 from .state import Clusters, PaperState, ValueReservoir
+from .weighted import merge_attention
 
 __all__ = ["Paper"]
 
@@ -92,9 +92,7 @@ class Paper:
         xp = array_namespace(state.clusters.counts)
         return xp.sum(xp.astype(state.clusters.counts > 0, xp.int64), axis=-1)
 
-    def update(
-        self, state: PaperState, keys: Array, values: Array, heads: Array, ops: Operations
-    ) -> PaperState:
+    def update(self, state: PaperState, keys: Array, values: Array, heads: Array, ops: Operations) -> PaperState:
         """Absorb tokens.
 
         Parameters
@@ -134,9 +132,7 @@ class Paper:
         outputs, start, n = [], 0, keys.shape[1]
         while start < n:
             part = slice(start, min(n, start + self._block(state, rows.shape[1])))
-            state, output = self._advance(
-                state, keys[:, part, :], values[:, part, :], heads, ops, rows[:, :, part, :]
-            )
+            state, output = self._advance(state, keys[:, part, :], values[:, part, :], heads, ops, rows[:, :, part, :])
             outputs.append(output)
             start = part.stop
         return state, xp.concat(outputs, axis=2)
@@ -160,7 +156,7 @@ class Paper:
 
     def _block(self, state: PaperState, group: int) -> int:
         """Tokens to take at once, so that temporaries stay small; the answer does not depend on it."""
-        streams, capacity = state.clusters.counts.shape
+        streams, capacity = map(int, state.clusters.counts.shape)
         return max(1, min(_BLOCK, _AT_ONCE // (streams * group * (capacity * self.t + self.s + _BLOCK))))
 
     def _log_norms(self, values: Array) -> Array:
@@ -251,9 +247,7 @@ class Paper:
         return after, xp.reshape(output, (streams, group, n, output.shape[-1]))
 
 
-def _contents(
-    held: list[Array], block: list[Array], rounds: list[Array], n: int
-) -> list[tuple[list[Array], Array]]:
+def _contents(held: list[Array], block: list[Array], rounds: list[Array], n: int) -> list[tuple[list[Array], Array]]:
     """List what the slots held, round by round, and when: bool arrays (streams, n, slots) over the tokens."""
     xp = array_namespace(block[0])
     token = positions(n, block[0])[None, :, None]

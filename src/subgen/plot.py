@@ -34,8 +34,12 @@ def plot_report(report: Report, path: str | Path, title: str) -> None:
     error_axes, bytes_axes = figure.subplots(1, 2)
     figure.suptitle(title)
 
-    error_axes.plot(report.n, report.error, marker="o", markersize=3, color="tab:blue")
-    error_axes.set(xlabel="tokens seen", ylabel="mean relative error of the answers", ylim=(0.0, None))
+    error_axes.plot(report.n, report.error, marker="o", markersize=3, color="tab:orange", label="mean")
+    error_axes.plot(report.n, report.block_median, marker="o", markersize=3, color="tab:blue", label="median token")
+    error_axes.set(xlabel="tokens seen", ylabel="relative error of the answers")
+    if report.block_median.min() > 0.0:
+        error_axes.set_yscale("log")
+    error_axes.legend(frameon=False)
     mebi = 2.0**20
     bytes_axes.plot(report.n, report.full_nbytes / mebi, label="full cache", color="tab:gray", linestyle="--")
     bytes_axes.plot(report.n, report.nbytes / mebi, label="sketch", color="tab:blue")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention import attention
+from .exact import attention
 from .files import Capture
 from .sketch import AttentionSketch
 
@@ -25,8 +25,10 @@ class Report:
     ----------
     n : int array, shape (blocks,)
         Tokens seen after each block.
-    error : float array, shape (blocks,)
-        Mean over streams and tokens of the block of ``||output - exact|| / ||exact||``.
+    error, block_median : float array, shape (blocks,)
+        Mean and median over streams and tokens of the block of ``||output - exact|| / ||exact||``.
+    median_error : float
+        Median over streams and tokens: where the paper's estimator has heavy tails, the mean is that of its tails.
     stream_error : float array, shape (q_streams,)
         The same mean, over all tokens, for each stream of queries.
     nbytes, full_nbytes : int array, shape (blocks,)
@@ -41,6 +43,8 @@ class Report:
 
     n: NDArray[np.int64]
     error: NDArray[np.float64]
+    block_median: NDArray[np.float64]
+    median_error: float
     stream_error: NDArray[np.float64]
     nbytes: NDArray[np.int64]
     full_nbytes: NDArray[np.int64]
@@ -111,6 +115,8 @@ def stream_capture(
     return Report(
         n=np.asarray(ends),
         error=np.asarray([error.mean() for error in errors]),
+        block_median=np.asarray([np.median(error) for error in errors]),
+        median_error=float(np.median(per_token)),
         stream_error=per_token.mean(axis=1),
         nbytes=np.asarray(sizes),
         full_nbytes=np.asarray(ends) * pair_bytes,

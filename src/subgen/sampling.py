@@ -40,9 +40,7 @@ def first_reaching(ascending: Array, targets: Array) -> Array:
     for _ in range(n.bit_length()):
         middle = (low + high) // 2
         # Rows whose search has ended (low == high == n) look at the last entry, which changes nothing.
-        entry = xp.take_along_axis(
-            ascending, xp.where(middle < n, middle, xp.full_like(middle, n - 1)), axis=1
-        )
+        entry = xp.take_along_axis(ascending, xp.where(middle < n, middle, xp.full_like(middle, n - 1)), axis=1)
         reached = (entry >= targets) | (middle >= high)
         high = xp.where(reached, middle, high)
         low = xp.where(reached, low, middle + 1)
@@ -56,9 +54,7 @@ def _draw(hit: Array, key: tuple[Array, Array], slots: Array, numbers: Array, th
     (chosen,) = xp.nonzero(flat)
     # Padded to a power of two, so that libraries that compile per shape see few of them.
     size = 1 << max(4, (int(chosen.shape[0]) - 1).bit_length())
-    chosen = xp.concat(
-        [chosen, xp.zeros((size - chosen.shape[0],), dtype=chosen.dtype, device=chosen.device)]
-    )
+    chosen = xp.concat([chosen, xp.zeros((size - chosen.shape[0],), dtype=chosen.dtype, device=chosen.device)])
 
     def pick(x: Array) -> Array:
         return xp.take(xp.reshape(xp.broadcast_to(x, hit.shape), (-1,)), chosen)
@@ -88,9 +84,7 @@ def group_tokens(assignment: Array, capacity: int) -> tuple[Array, Array, Array]
     xp = array_namespace(assignment)
     order = xp.argsort(assignment, axis=-1, stable=True)
     in_order = xp.take_along_axis(assignment, order, axis=-1)
-    clusters = xp.broadcast_to(
-        positions(capacity + 1, assignment)[None, :], (assignment.shape[0], capacity + 1)
-    )
+    clusters = xp.broadcast_to(positions(capacity + 1, assignment)[None, :], (assignment.shape[0], capacity + 1))
     bounds = first_reaching(in_order, clusters)
     return order, bounds[:, :-1], bounds[:, 1:] - bounds[:, :-1]
 
@@ -168,7 +162,6 @@ def weighted_rounds(
         As `uniform_rounds` gives them.
     """
     xp = array_namespace(due)
-    n = totals.shape[1]
     slots = positions(due.shape[1], due)[None, :]
     rounds = []
     hit = due <= totals[:, -1:]

@@ -16,10 +16,10 @@ from ._checks import (
     check_scale,
     check_seed,
 )
-from .attention import fold_groups, unfold_groups
 from .backends import operations_for
 from .paper import Paper
 from .state import PaperState
+from .weighted import fold_groups, unfold_groups
 
 __all__ = ["AttentionSketch"]
 
@@ -204,16 +204,14 @@ class AttentionSketch:
             As in `attention`.
         """
         if self._state is None or self._layout is None:
-            raise RuntimeError(
-                "the sketch is empty: call update (or step) with keys and values before attend"
-            )
+            raise RuntimeError("the sketch is empty: call update (or step) with keys and values before attend")
         self._check_queries(queries, self._layout)
         rows = fold_groups(self._scaled(queries), self._layout.kv_heads)
         output = self._method.attend(self._state, rows, operations_for(queries))
         return _narrow(unfold_groups(output, queries.shape), queries)
 
     def step(self, queries: Array, keys: Array, values: Array) -> Array:
-        """Absorb a block and answer the query of each of its tokens, causally: ``update`` and ``attend`` token by token.
+        """Absorb a block and answer the query of each of its tokens: ``update`` and ``attend``, token by token.
 
         Parameters
         ----------

@@ -18,9 +18,7 @@ class SampleSizes:
     value_samples: int
 
 
-def sample_sizes(
-    eps: float, *, delta: float, query_norm: float, value_dim: int, failure: float = 0.01
-) -> SampleSizes:
+def sample_sizes(eps: float, *, delta: float, query_norm: float, value_dim: int, failure: float = 0.01) -> SampleSizes:
     """Sizes at which one answer meets the bound of the paper's theorem, eq. (3), for certain constants.
 
     The paper gives orders, ``t = Omega(eps^-2 e^(2 delta r) log n)`` and ``s = Omega(eps^-2 d)``. These constants

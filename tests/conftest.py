@@ -1,0 +1,29 @@
+"""One fixture gives every array library: each contract is tested on all of them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# JAX compiles every operation for every shape: compiling fast matters here, running fast does not.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import pytest
+from hypothesis import settings
+from libraries import LIBRARIES, Library
+
+# Deterministic examples: a red run can be repeated. More of them: HYPOTHESIS_PROFILE=long.
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, print_blob=True)
+settings.register_profile("long", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(params=list(LIBRARIES))
+def library(request: pytest.FixtureRequest) -> Library:
+    """An array library that is installed here."""
+    chosen: Library = LIBRARIES[request.param]
+    if importlib.util.find_spec(chosen.module) is None:
+        pytest.skip(f"{chosen.module} is not installed")
+    return chosen
