@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__, backends
+from ._checks import check_real
 from .files import Capture, FileError, read_capture, sample, write_arrays
 from .kcenter import delta_for_clusters
-from .plot import plot_report
+from .plot import plot_reports
 from .report import Report, stream_capture
 from .sketch import AttentionSketch
 
@@ -24,6 +25,7 @@ __all__ = ["app"]
 
 # Keys that delta is chosen from: their pairwise distances are held at once.
 _SAMPLED_KEYS = 2048
+_PAPER = "Algorithm 1"
 
 app = typer.Typer(
     help="Attention over long contexts from a sublinear summary of the KV cache (SubGen, arXiv 2402.06082).",
@@ -32,15 +34,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Delta = Annotated[float | None, typer.Option(help="Radius of a cluster, in the units of the keys.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(help="Pairs to hold, as a share of the tokens: sinks, window and clusters; 0.1 if nothing is given."),
+]
+MaxClusters = Annotated[int | None, typer.Option(help="Clusters to hold, instead of --budget.")]
+Window = Annotated[int, typer.Option(help="Most recent tokens kept exactly.")]
+Sink = Annotated[int, typer.Option(help="First tokens kept exactly.")]
+WithPaper = Annotated[bool, typer.Option("--paper", help="Run the paper's Algorithm 1 beside it.")]
+Delta = Annotated[float | None, typer.Option(help="Algorithm 1: radius of a cluster, in the units of the keys.")]
 Clusters = Annotated[
     int | None,
-    typer.Option(help="Choose delta so that at most this many clusters open; sqrt(n) if neither is given."),
+    typer.Option(help="Algorithm 1: choose delta so that about this many clusters open; sqrt(n) if nothing is given."),
 ]
-PerCluster = Annotated[int, typer.Option(help="Keys sampled from each cluster (the paper's t).")]
-ValueSamples = Annotated[int, typer.Option(help="Pairs sampled by the norm of the value (the paper's s).")]
+PerCluster = Annotated[int, typer.Option(help="Algorithm 1: keys sampled from each cluster (its t).")]
+ValueSamples = Annotated[int, typer.Option(help="Algorithm 1: pairs sampled by the norm of the value (its s).")]
 Scale = Annotated[float | None, typer.Option(help="Factor of the logits; head_dim ** -0.5 if not given.")]
-Seed = Annotated[int, typer.Option(help="Seed of the samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Block = Annotated[int, typer.Option(min=1, help="Tokens in a call.")]
 Output = Annotated[Path | None, typer.Option(help="Write the outputs to this .npz or .safetensors file.")]
 Plot = Annotated[Path | None, typer.Option(help="Write error and memory over n to this PNG file.")]
@@ -49,6 +59,11 @@ Plot = Annotated[Path | None, typer.Option(help="Write error and memory over n t
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help=".npz or .safetensors with q, k, v: (streams, tokens, head_dim).")],
+    budget: Budget = None,
+    max_clusters: MaxClusters = None,
+    window: Window = 32,
+    sink: Sink = 4,
+    paper: WithPaper = False,
     delta: Delta = None,
     clusters: Clusters = None,
     samples_per_cluster: PerCluster = 4,
@@ -62,48 +77,36 @@ def run(
     """Stream a file through a sketch; report its error against exact attention, memory, clusters and time."""
     with _clear_errors():
         capture = read_capture(file)
-        _run(
-            file.name,
-            capture,
-            delta,
-            clusters,
-            samples_per_cluster,
-            value_samples,
-            scale,
-            seed,
-            block,
-            output,
-            plot,
-        )
+        _check_output(output)
+        sketches = {"subgen": _default(capture, budget, max_clusters, window, sink, scale, seed)}
+        if paper:
+            sketches[_PAPER] = _paper(capture, delta, clusters, samples_per_cluster, value_samples, scale, seed)
+        elif delta is not None or clusters is not None:
+            raise ValueError("--delta and --clusters are options of Algorithm 1: add --paper")
+        _run(file.name, capture, sketches, scale, block, output, plot)
 
 
 @app.command()
 def demo(
-    delta: Delta = None,
-    clusters: Clusters = None,
-    samples_per_cluster: PerCluster = 4,
-    value_samples: ValueSamples = 256,
+    budget: Budget = None,
+    window: Window = 32,
     seed: Seed = 0,
     block: Block = 128,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Run on the real sample that the package ships: two heads of a small language model reading Python source."""
+    """Run the default and the paper's algorithm on the real sample that the package ships.
+
+    Queries, keys and values of two heads of a small language model that reads Python source.
+    """
     with _clear_errors():
-        name = "the shipped sample"
-        _run(
-            name,
-            sample(),
-            delta,
-            clusters,
-            samples_per_cluster,
-            value_samples,
-            None,
-            seed,
-            block,
-            output,
-            plot,
-        )
+        capture = sample()
+        _check_output(output)
+        sketches = {
+            "subgen": _default(capture, budget, None, window, 4, None, seed),
+            _PAPER: _paper(capture, None, None, 4, 256, None, seed),
+        }
+        _run("the shipped sample", capture, sketches, None, block, output, plot)
 
 
 @app.command("backends")
@@ -134,8 +137,35 @@ class _clear_errors:  # noqa: N801 - reads as a verb in a with statement
             raise typer.Exit(2) from None
 
 
-def _run(
-    name: str,
+def _check_output(output: Path | None) -> None:
+    if output is not None and output.suffix.lower() not in (".npz", ".safetensors"):
+        raise ValueError(f"--output must end in .npz or .safetensors, got {output}")
+
+
+def _default(
+    capture: Capture,
+    budget: float | None,
+    max_clusters: int | None,
+    window: int,
+    sink: int,
+    scale: float | None,
+    seed: int,
+) -> AttentionSketch:
+    if budget is not None and max_clusters is not None:
+        raise ValueError("give --budget or --max-clusters, not both")
+    if max_clusters is None:
+        n = capture.k.shape[1]
+        share = check_real("--budget", 0.1 if budget is None else budget, minimum=0.0, strict=True, maximum=1.0)
+        max_clusters = round(share * n) - window - sink
+        if max_clusters < 1:
+            raise ValueError(
+                f"--budget {share:g} of {n} tokens is {round(share * n)} pairs, which leaves no cluster beside "
+                f"{window} recent tokens and {sink} sinks; raise it, or lower --window"
+            )
+    return AttentionSketch(max_clusters, window=window, sink=sink, scale=scale, seed=seed)
+
+
+def _paper(
     capture: Capture,
     delta: float | None,
     clusters: int | None,
@@ -143,61 +173,71 @@ def _run(
     value_samples: int,
     scale: float | None,
     seed: int,
+) -> AttentionSketch:
+    if delta is not None and clusters is not None:
+        raise ValueError("give --delta or --clusters, not both: --clusters is a way to choose delta")
+    n, head_dim = capture.k.shape[1:]
+    if delta is None:
+        clusters = math.isqrt(n) if clusters is None else clusters
+        delta = delta_for_clusters(capture.k[:, :_SAMPLED_KEYS], clusters)
+    return AttentionSketch.paper(
+        delta=delta,
+        samples_per_cluster=samples_per_cluster,
+        value_samples=value_samples,
+        scale=head_dim**-0.5 if scale is None else scale,
+        seed=seed,
+    )
+
+
+def _run(
+    name: str,
+    capture: Capture,
+    sketches: dict[str, AttentionSketch],
+    scale: float | None,
     block: int,
     output: Path | None,
     plot: Path | None,
 ) -> None:
     console = Console()
-    n, head_dim = capture.k.shape[1:]
-    if delta is not None and clusters is not None:
-        raise ValueError("give --delta or --clusters, not both: --clusters is a way to choose delta")
-    if output is not None and output.suffix.lower() not in (".npz", ".safetensors"):
-        raise ValueError(f"--output must end in .npz or .safetensors, got {output}")
-    if delta is None:
-        clusters = math.isqrt(n) if clusters is None else clusters
-        delta = delta_for_clusters(capture.k[:, :_SAMPLED_KEYS], clusters)
-    scale = head_dim**-0.5 if scale is None else scale
-    sketch = AttentionSketch.paper(
-        delta=delta,
-        samples_per_cluster=samples_per_cluster,
-        value_samples=value_samples,
-        scale=scale,
-        seed=seed,
-    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    reports = {}
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("tokens", total=n)
-        report = stream_capture(
-            sketch,
-            capture,
-            scale=scale,
-            block=block,
-            on_block=lambda done: progress.update(task, completed=done),
-        )
-    console.print(_table(name, capture, report, delta, samples_per_cluster, value_samples))
+        for method, sketch in sketches.items():
+            task = progress.add_task(f"{method}: tokens", total=capture.k.shape[1])
+            reports[method] = stream_capture(
+                sketch,
+                capture,
+                scale=scale,
+                block=block,
+                on_block=lambda done, task=task: progress.update(task, completed=done),  # type: ignore[misc]
+            )
+    console.print(_table(name, capture, reports))
     if output is not None:
-        write_arrays(output, {"outputs": report.outputs})
+        write_arrays(output, {method.replace(" ", "_"): report.outputs for method, report in reports.items()})
         console.print(f"outputs written to {output}")
     if plot is not None:
-        plot_report(report, plot, f"SubGen, Algorithm 1, on {name}")
+        plot_reports(reports, plot, f"Every answer against exact attention: {name}")
         console.print(f"plot written to {plot}")
 
 
-def _table(name: str, capture: Capture, report: Report, delta: float, t: int, s: int) -> Table:
+def _table(name: str, capture: Capture, reports: dict[str, Report]) -> Table:
     streams, n, head_dim = capture.k.shape
-    spread = report.n_clusters
-    held, full = int(report.nbytes[-1]), int(report.full_nbytes[-1])
-    table = Table(title=f"SubGen, Algorithm 1, on {name}: every answer against exact attention", show_header=False)
-    rows: list[tuple[str, Any]] = [
-        ("streams, tokens, head_dim", f"{streams} x {n} x {head_dim} {capture.k.dtype}"),
-        ("delta, samples a cluster, of values", f"{delta:.4g}, {t}, {s}"),
-        ("relative error, median token", f"{report.median_error:.4g}"),
-        ("relative error, mean", f"{report.mean_error:.4g}"),
-        ("  of the best and the worst stream", f"{report.stream_error.min():.4g}, {report.stream_error.max():.4g}"),
-        ("bytes held", f"{held:,} ({held / full:.1%} of the full cache)"),
-        ("clusters: fewest, median, most", f"{spread.min()}, {np.median(spread):g}, {spread.max()}"),
-        ("time", f"{report.seconds:.2f} s (exact: {report.exact_seconds:.2f} s)"),
-    ]
-    for label, value in rows:
-        table.add_row(label, value)
+    table = Table(
+        "",
+        *reports,
+        title=f"Every answer against exact attention: {name}",
+        caption=f"{streams} streams, {n} tokens, head_dim {head_dim}, {capture.k.dtype}; "
+        f"exact attention took {next(iter(reports.values())).exact_seconds:.2f} s",
+    )
+
+    def row(label: str, show: Callable[[Report], str]) -> None:
+        table.add_row(label, *map(show, reports.values()))
+
+    row("relative error, mean", lambda r: f"{r.mean_error:.4g}")
+    row("  best and worst stream", lambda r: f"{r.stream_error.min():.4g}, {r.stream_error.max():.4g}")
+    row("  median token", lambda r: f"{r.median_error:.4g}")
+    row("bytes held", lambda r: f"{r.nbytes[-1]:,}")
+    row("  of the full cache", lambda r: f"{r.nbytes[-1] / r.full_nbytes[-1]:.1%}")
+    row("clusters: fewest, most", lambda r: f"{r.n_clusters.min()}, {r.n_clusters.max()}")
+    row("time", lambda r: f"{r.seconds:.2f} s")
     return table

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from ._array import Array, array_namespace, chunks, compute_dtype, positions
+from ._array import Array, array_namespace, chunks, compute_dtype
 from ._checks import check_block, check_groups, check_scale
 from .backends import Operations, operations_for
-from .weighted import fold_groups
+from .weighted import causal_bias, fold_groups
 
 __all__ = ["attention"]
 
@@ -101,18 +101,8 @@ def _attention(
             piece,
             k[:, :seen, :],
             v[:, :seen, :],
-            _causal_bias(size, seen, group, k) if causal else xp.zeros((1, 1, seen), dtype=dtype, device=k.device),
+            causal_bias(size, seen, group, k) if causal else xp.zeros((1, 1, seen), dtype=dtype, device=k.device),
         )
         pieces.append(xp.reshape(out, (streams, group, size, v.shape[-1])))
     out = pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=2)
     return xp.reshape(xp.astype(out, keys.dtype, copy=False), (*queries.shape[:-1], values.shape[-1]))
-
-
-def _causal_bias(size: int, seen: int, group: int, like: Array) -> Array:
-    """Log-weights (1, group * size, seen): the rows are the last ``size`` of the ``seen`` tokens."""
-    xp = array_namespace(like)
-    last = positions(size, like) + (seen - size)
-    hidden = positions(seen, like)[None, :] > last[:, None]
-    zero = xp.zeros((size, seen), dtype=like.dtype, device=like.device)
-    bias = xp.where(hidden, xp.full_like(zero, -math.inf), zero)
-    return xp.tile(bias, (group, 1))[None, :, :]

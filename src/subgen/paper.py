@@ -27,7 +27,7 @@ from .counter import stream_key
 from .sampling import group_tokens, latest, uniform_rounds, weighted_rounds
 from .sampling import replace as replace_slots
 from .state import Clusters, PaperState, ValueReservoir
-from .weighted import merge_attention
+from .weighted import join_rows, merge_attention
 
 __all__ = ["Paper"]
 
@@ -92,13 +92,17 @@ class Paper:
         xp = array_namespace(state.clusters.counts)
         return xp.sum(xp.astype(state.clusters.counts > 0, xp.int64), axis=-1)
 
-    def update(self, state: PaperState, keys: Array, values: Array, heads: Array, ops: Operations) -> PaperState:
+    def update(
+        self, state: PaperState, keys: Array, values: Array, rows: Array | None, heads: Array, ops: Operations
+    ) -> PaperState:
         """Absorb tokens.
 
         Parameters
         ----------
         state : PaperState
         keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
+        rows : array or None
+            Scaled queries, unused: the paper's clusters do not look at them.
         heads : int64 array, shape (streams,)
             Index of each stream along the axis before the tokens.
         ops : Operations
@@ -137,8 +141,22 @@ class Paper:
             start = part.stop
         return state, xp.concat(outputs, axis=2)
 
-    def attend(self, state: PaperState, rows: Array, ops: Operations) -> Array:
-        """Answer queries from the state: ``(streams, m, head_dim)``, scaled, to ``(streams, m, value_dim)``."""
+    def attend(self, state: PaperState, rows: Array, ops: Operations) -> tuple[Array, Array]:
+        """Answer queries from the state.
+
+        Parameters
+        ----------
+        state : PaperState
+        rows : array, shape (streams, m, head_dim)
+            Scaled.
+        ops : Operations
+
+        Returns
+        -------
+        outputs : array, shape (streams, m, value_dim)
+        logsumexp : array, shape (streams, m)
+            The logarithm of tau.
+        """
         xp = array_namespace(rows)
         clusters, reservoir = state.clusters, state.reservoir
         log_counts = _log(xp.astype(clusters.counts, rows.dtype)) - math.log(self.t)
@@ -151,8 +169,8 @@ class Paper:
         for part in chunks(rows.shape[1], max(1, 2 * _AT_ONCE // per_row)):
             denominator = ops.weighted_attention(rows[:, part, :], samples, samples[..., :1], log_counts)[1]
             numerator = ops.weighted_attention(rows[:, part, :], reservoir.keys, reservoir.values, log_rates)
-            outputs.append(_ratio(numerator, denominator))
-        return outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=1)
+            outputs.append((_ratio(numerator, denominator), denominator))
+        return join_rows(outputs)
 
     def _block(self, state: PaperState, group: int) -> int:
         """Tokens to take at once, so that temporaries stay small; the answer does not depend on it."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from .files import FileError
 from .report import Report
 
-__all__ = ["plot_report"]
+__all__ = ["plot_reports"]
 
 
-def plot_report(report: Report, path: str | Path, title: str) -> None:
-    """Write a PNG with the error and the bytes held, over n.
+def plot_reports(reports: Mapping[str, Report], path: str | Path, title: str) -> None:
+    """Write a PNG with the error and the bytes held over n, a line for each report.
 
     Parameters
     ----------
-    report : Report
+    reports : mapping of str to Report
+        By name of the method; all of one capture.
     path : str or Path
         Its folder is made if need be.
     title : str
@@ -33,19 +35,19 @@ def plot_report(report: Report, path: str | Path, title: str) -> None:
     FigureCanvasAgg(figure)
     error_axes, bytes_axes = figure.subplots(1, 2)
     figure.suptitle(title)
-
-    error_axes.plot(report.n, report.error, marker="o", markersize=3, color="tab:orange", label="mean")
-    error_axes.plot(report.n, report.block_median, marker="o", markersize=3, color="tab:blue", label="median token")
-    error_axes.set(xlabel="tokens seen", ylabel="relative error of the answers")
-    if report.block_median.min() > 0.0:
-        error_axes.set_yscale("log")
-    error_axes.legend(frameon=False)
     mebi = 2.0**20
-    bytes_axes.plot(report.n, report.full_nbytes / mebi, label="full cache", color="tab:gray", linestyle="--")
-    bytes_axes.plot(report.n, report.nbytes / mebi, label="sketch", color="tab:blue")
+    any_report = next(iter(reports.values()))
+    bytes_axes.plot(any_report.n, any_report.full_nbytes / mebi, label="full cache", color="tab:gray", linestyle="--")
+    for name, report in reports.items():
+        error_axes.plot(report.n, report.error, marker="o", markersize=3, label=name)
+        bytes_axes.plot(report.n, report.nbytes / mebi, label=name)
+    error_axes.set(xlabel="tokens seen", ylabel="mean relative error")
+    # Algorithm 1 is off by orders of magnitude where its theorem does not apply: one scale for both needs logarithms.
+    if all(report.error.min() > 0.0 for report in reports.values()):
+        error_axes.set_yscale("log")
     bytes_axes.set(xlabel="tokens seen", ylabel="memory held (MiB)", ylim=(0.0, None))
-    bytes_axes.legend(frameon=False)
     for axes in (error_axes, bytes_axes):
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     path = Path(path)

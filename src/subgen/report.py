@@ -25,8 +25,8 @@ class Report:
     ----------
     n : int array, shape (blocks,)
         Tokens seen after each block.
-    error, block_median : float array, shape (blocks,)
-        Mean and median over streams and tokens of the block of ``||output - exact|| / ||exact||``.
+    error : float array, shape (blocks,)
+        Mean over streams and tokens of the block of ``||output - exact|| / ||exact||``.
     median_error : float
         Median over streams and tokens: where the paper's estimator has heavy tails, the mean is that of its tails.
     stream_error : float array, shape (q_streams,)
@@ -43,7 +43,6 @@ class Report:
 
     n: NDArray[np.int64]
     error: NDArray[np.float64]
-    block_median: NDArray[np.float64]
     median_error: float
     stream_error: NDArray[np.float64]
     nbytes: NDArray[np.int64]
@@ -115,7 +114,6 @@ def stream_capture(
     return Report(
         n=np.asarray(ends),
         error=np.asarray([error.mean() for error in errors]),
-        block_median=np.asarray([np.median(error) for error in errors]),
         median_error=float(np.median(per_token)),
         stream_error=per_token.mean(axis=1),
         nbytes=np.asarray(sizes),

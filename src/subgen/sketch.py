@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 from ._array import Array, array_namespace, compute_dtype, nbytes, positions
 from ._checks import (
@@ -17,6 +17,7 @@ from ._checks import (
     check_seed,
 )
 from .backends import operations_for
+from .means import ClusterMeans, MeansState
 from .paper import Paper
 from .state import PaperState
 from .weighted import fold_groups, unfold_groups
@@ -54,31 +55,72 @@ class _Layout:
 class AttentionSketch:
     """Attention over a stream of tokens from a summary that grows with its clusters, not with its length.
 
-    Made by `AttentionSketch.paper`. The array library, dtype, device and shapes come from the first `update`
-    (or `step`); a batch holds any number of independent streams, and a stream's answers depend neither on its
-    neighbours in the batch nor on how the tokens were cut into calls.
+    The first ``sink`` tokens and the last ``window`` are kept exactly. All others are clusters, each held as its mean
+    key and mean value; when there are more than ``max_clusters``, the closest pairs merge. Closeness is measured in
+    logits of recent queries and in values, weighted by the attention that the tokens received. For the algorithm of
+    the paper, see `AttentionSketch.paper`.
+
+    The array library, dtype, device and shapes come from the first `update` (or `step`); a batch holds any number of
+    independent streams, and a stream's answers depend neither on its neighbours in the batch nor on how the tokens
+    were cut into calls.
+
+    Parameters
+    ----------
+    max_clusters : int
+        Clusters held for each stream; memory is fixed once they are reached. With ``sink`` and ``window`` it makes
+        the number of pairs a query is answered from. At least 1.
+    window : int
+        Most recent tokens kept exactly: when there are this many and another comes, the older half joins the
+        clusters. At least 2.
+    sink : int
+        First tokens kept exactly. At least 0.
+    scale : float, optional
+        Factor of the logits; ``None`` means ``head_dim ** -0.5``.
+    seed : int
+        In ``[0, 2**64)``; for the rounding of means to 16-bit input. Equal seeds give equal sketches.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not a number within its bounds.
 
     Examples
     --------
     >>> import numpy as np, subgen
     >>> rng = np.random.default_rng(0)
-    >>> centres = rng.normal(size=(8, 16))
-    >>> keys = centres[rng.integers(0, 8, 1000)] + 0.01 * rng.normal(size=(1000, 16))
-    >>> values = rng.normal(size=(1000, 16))
-    >>> sketch = subgen.AttentionSketch.paper(delta=0.5, samples_per_cluster=8, value_samples=256)
-    >>> sketch.update(keys, values)
-    >>> sketch.n_seen, int(sketch.n_clusters)
-    (1000, 8)
-    >>> sketch.attend(keys[:3]).shape
-    (3, 16)
-    >>> sketch.nbytes < keys.nbytes + values.nbytes
-    True
+    >>> keys, values, queries = rng.normal(size=(3, 4, 2000, 16))
+    >>> sketch = subgen.AttentionSketch(max_clusters=64, window=32)
+    >>> sketch.update(keys, values, queries)
+    >>> sketch.attend(queries[:, -3:]).shape
+    (4, 3, 16)
+    >>> sketch.n_seen, sketch.n_clusters.tolist()
+    (2000, [64, 64, 64, 64])
     """
 
-    def __init__(self, method: Paper) -> None:
-        self._method = method
+    def __init__(
+        self,
+        max_clusters: int = 1024,
+        *,
+        window: int = 128,
+        sink: int = 4,
+        scale: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._start(
+            ClusterMeans(
+                max_clusters=check_integer("max_clusters", max_clusters),
+                window=check_integer("window", window, minimum=2),
+                sink=check_integer("sink", sink, minimum=0),
+                scale=None if scale is None else check_scale(scale, 1),
+                seed=check_seed(seed),
+            )
+        )
+
+    def _start(self, method: ClusterMeans | Paper) -> None:
+        # The two methods share an interface, each with a state of its own.
+        self._method: Any = method
         self._layout: _Layout | None = None
-        self._state: PaperState | None = None
+        self._state: MeansState | PaperState | None = None
 
     @classmethod
     def paper(
@@ -119,12 +161,25 @@ class AttentionSketch:
         TypeError, ValueError
             If an argument is not a number within its bounds.
 
+        Examples
+        --------
+        >>> import numpy as np, subgen
+        >>> rng = np.random.default_rng(0)
+        >>> centres = rng.normal(size=(8, 16))
+        >>> keys = centres[rng.integers(0, 8, 1000)] + 0.01 * rng.normal(size=(1000, 16))
+        >>> values = rng.normal(size=(1000, 16))
+        >>> sketch = subgen.AttentionSketch.paper(delta=0.5, samples_per_cluster=8, value_samples=256)
+        >>> sketch.update(keys, values)
+        >>> sketch.n_seen, int(sketch.n_clusters)
+        (1000, 8)
+
         References
         ----------
         Zandieh, Han, Mirrokni, Karbasi, "SubGen: Token Generation in Sublinear Time and Memory",
         arXiv 2402.06082 (2024), Algorithm 1.
         """
-        return cls(
+        sketch = cls.__new__(cls)
+        sketch._start(
             Paper(
                 delta=check_real("delta", delta, minimum=0.0),
                 t=check_integer("samples_per_cluster", samples_per_cluster),
@@ -133,6 +188,7 @@ class AttentionSketch:
                 seed=check_seed(seed),
             )
         )
+        return sketch
 
     def __repr__(self) -> str:
         return f"<AttentionSketch {self._method} n_seen={self.n_seen} nbytes={self.nbytes}>"
@@ -156,7 +212,7 @@ class AttentionSketch:
         return 0 if self._state is None else nbytes(self._state)
 
     @property
-    def state(self) -> PaperState | None:
+    def state(self) -> MeansState | PaperState | None:
         """The current state, read-only; ``None`` before the first update."""
         return self._state
 
@@ -169,7 +225,8 @@ class AttentionSketch:
         values : array, shape (..., kv_heads, n, value_dim)
             Any ``n`` of at least 1; the shapes, library, dtype and device of the first block hold for all.
         queries : array, shape (..., q_heads, n, head_dim), optional
-            The queries of these tokens. Checked, and not used by the paper's algorithm.
+            The queries of these tokens: they teach which differences of keys matter, and which tokens. Without
+            them keys are compared as they are. The paper's algorithm does not use them.
 
         Raises
         ------
@@ -180,21 +237,33 @@ class AttentionSketch:
         ops = operations_for(keys)
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
-        state = self._method.update(state, k, v, layout.heads(), ops)
+        rows = None if queries is None else self._rows(queries, layout)
+        state = self._method.update(state, k, v, rows, layout.heads(), ops)
         self._layout, self._state = layout, state
 
-    def attend(self, queries: Array) -> Array:
+    @overload
+    def attend(self, queries: Array, *, return_logsumexp: Literal[False] = False) -> Array: ...
+
+    @overload
+    def attend(self, queries: Array, *, return_logsumexp: Literal[True]) -> tuple[Array, Array]: ...
+
+    def attend(self, queries: Array, *, return_logsumexp: bool = False) -> Array | tuple[Array, Array]:
         """Answer queries from everything seen so far.
 
         Parameters
         ----------
         queries : array, shape (..., q_heads, m, head_dim)
             ``q_heads`` is a multiple of ``kv_heads``.
+        return_logsumexp : bool
+            Whether to return the logarithm of the denominator too. With it the answer can be merged with that over
+            other tokens, see `subgen.weighted.merge_attention`.
 
         Returns
         -------
-        array, shape (..., q_heads, m, value_dim)
+        outputs : array, shape (..., q_heads, m, value_dim)
             In the dtype of the input. Where the estimate exceeds that dtype it is the largest number of it.
+        logsumexp : array, shape (..., q_heads, m)
+            In float32 at least; if ``return_logsumexp``.
 
         Raises
         ------
@@ -207,8 +276,11 @@ class AttentionSketch:
             raise RuntimeError("the sketch is empty: call update (or step) with keys and values before attend")
         self._check_queries(queries, self._layout)
         rows = fold_groups(self._scaled(queries), self._layout.kv_heads)
-        output = self._method.attend(self._state, rows, operations_for(queries))
-        return _narrow(unfold_groups(output, queries.shape), queries)
+        output, logsumexp = self._method.attend(self._state, rows, operations_for(queries))
+        output = _narrow(unfold_groups(output, queries.shape), queries)
+        if return_logsumexp:
+            return output, array_namespace(logsumexp).reshape(logsumexp, queries.shape[:-1])
+        return output
 
     def step(self, queries: Array, keys: Array, values: Array) -> Array:
         """Absorb a block and answer the query of each of its tokens: ``update`` and ``attend``, token by token.
@@ -232,12 +304,9 @@ class AttentionSketch:
         """
         layout = self._check(keys, values, queries)
         ops = operations_for(keys)
-        xp = array_namespace(keys)
         k, v = layout.flat(keys), layout.flat(values)
-        rows = fold_groups(self._scaled(queries), layout.kv_heads)
-        rows = xp.reshape(rows, (layout.streams, -1, *queries.shape[-2:]))
         state = self._method.init(k, v) if self._state is None else self._state
-        state, output = self._method.step(state, rows, k, v, layout.heads(), ops)
+        state, output = self._method.step(state, self._rows(queries, layout), k, v, layout.heads(), ops)
         output = _narrow(unfold_groups(output, queries.shape), queries)
         self._layout, self._state = layout, state
         return output
@@ -246,6 +315,11 @@ class AttentionSketch:
         xp = array_namespace(queries)
         scale = check_scale(self._method.scale, queries.shape[-1])
         return xp.astype(queries, compute_dtype(queries), copy=False) * scale
+
+    def _rows(self, queries: Array, layout: _Layout) -> Array:
+        """Scaled queries by stream and head of the group: ``(streams, group, n, head_dim)``."""
+        xp = array_namespace(queries)
+        return xp.reshape(self._scaled(queries), (layout.streams, -1, *queries.shape[-2:]))
 
     def _check(self, keys: Any, values: Any, queries: Any) -> _Layout:
         """Check a block against itself and against the stream, and return the layout; changes nothing."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-from ._array import Array, array_namespace
+from ._array import Array, array_namespace, positions
 
-__all__ = ["fold_groups", "merge_attention", "unfold_groups", "weighted_attention"]
+__all__ = ["causal_bias", "fold_groups", "join_rows", "merge_attention", "unfold_groups", "weighted_attention"]
 
 
 def weighted_attention(queries: Array, keys: Array, values: Array, log_weights: Array) -> tuple[Array, Array]:
@@ -74,6 +74,14 @@ def merge_attention(first: tuple[Array, Array], second: tuple[Array, Array]) -> 
     return outputs, xp.where(some, xp.log(safe) + peak, xp.full_like(peak, -math.inf))
 
 
+def join_rows(pieces: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Join the outputs and logsumexps of consecutive rows of queries."""
+    if len(pieces) == 1:
+        return pieces[0]
+    xp = array_namespace(pieces[0][0])
+    return xp.concat([output for output, _ in pieces], axis=1), xp.concat([lse for _, lse in pieces], axis=1)
+
+
 def fold_groups(queries: Array, num_key_value_heads: int) -> Array:
     """Fold the query heads that share a key-value head into rows: ``(..., q_heads, m, d)`` to ``(streams, g * m, d)``.
 
@@ -91,3 +99,13 @@ def unfold_groups(rows: Array, queries_shape: tuple[int, ...]) -> Array:
     """Undo `fold_groups`: ``(streams, g * m, value_dim)`` to ``(..., q_heads, m, value_dim)``."""
     xp = array_namespace(rows)
     return xp.reshape(rows, (*queries_shape[:-1], rows.shape[-1]))
+
+
+def causal_bias(size: int, seen: int, group: int, like: Array) -> Array:
+    """Log-weights (1, group * size, seen): the rows are the last ``size`` of the ``seen`` tokens."""
+    xp = array_namespace(like)
+    last = positions(size, like) + (seen - size)
+    hidden = positions(seen, like)[None, :] > last[:, None]
+    zero = xp.zeros((size, seen), dtype=like.dtype, device=like.device)
+    bias = xp.where(hidden, xp.full_like(zero, -math.inf), zero)
+    return xp.tile(bias, (group, 1))[None, :, :]

@@ -1,0 +1,159 @@
+"""Fixed memory: merge the closest pairs of clusters, in rounds of mutual nearest neighbours.
+
+A round merges at once all pairs (as many as are needed, cheapest first) in which each is the other's nearest. It
+is parallel over pairs and streams, and in trials as good as merging one cheapest pair at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ._array import Array, array_namespace, positions
+
+__all__ = ["Means", "compact", "join", "merge_closest", "ward_costs"]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Clusters as weighted pairs, computed in float32 or float64.
+
+    Attributes
+    ----------
+    keys, values : array, shape (streams, clusters, head_dim) and (streams, clusters, value_dim)
+        Means of the members.
+    counts : array, shape (streams, clusters)
+        Number of members, as a float; zero marks a place that is free.
+    spread : array, shape (streams, clusters)
+        Mean squared distance of the members' keys to their mean, divided by head_dim.
+    importance : array, shape (streams, clusters)
+        What merging this cluster costs, see `ward_costs`; adds up in a merge.
+    """
+
+    keys: Array
+    values: Array
+    counts: Array
+    spread: Array
+    importance: Array
+
+    def arrays(self) -> tuple[Array, Array, Array, Array, Array]:
+        """Return the arrays in order."""
+        return self.keys, self.values, self.counts, self.spread, self.importance
+
+
+def join(first: Means, second: Means) -> Means:
+    """Put the clusters of one behind those of the other."""
+    xp = array_namespace(first.keys)
+    pairs = zip(first.arrays(), second.arrays(), strict=True)
+    return Means(*(xp.concat([a, b], axis=1) for a, b in pairs))
+
+
+def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
+    """Cost of merging each pair: ``w_i w_j / (w_i + w_j) (|k_i - k_j|_M^2 + |v_i - v_j|^2 / value_scale^2)``.
+
+    Ward's criterion in a space of logits and values, weighted by importance.
+
+    Parameters
+    ----------
+    means : Means
+    metric : array, shape (streams, head_dim, head_dim), or None
+        M, the second moment of the queries: ``|k|_M^2`` is the mean square of a query's logit of k.
+        ``None`` is the identity.
+    value_scale : array, shape (streams,)
+        Typical norm of a value.
+
+    Returns
+    -------
+    array, shape (streams, clusters, clusters)
+        Symmetric; ``inf`` on the diagonal and wherever a place is free.
+    """
+    xp = array_namespace(means.keys)
+    live = means.counts > 0
+    # Differences are all that matters: without the common offset, float32 keeps the digits.
+    weight = means.counts / xp.sum(means.counts, axis=-1, keepdims=True)
+    keys = means.keys - xp.sum(means.keys * weight[:, :, None], axis=1, keepdims=True)
+    mapped = keys if metric is None else xp.matmul(keys, metric)
+    values = means.values / value_scale[:, None, None]
+    norms = xp.sum(mapped * keys, axis=-1) + xp.sum(values * values, axis=-1)
+    cross = xp.matmul(mapped, xp.matrix_transpose(keys)) + xp.matmul(values, xp.matrix_transpose(values))
+    # The two halves of a product may round differently; mutual neighbours need exact symmetry.
+    cross = cross + xp.matrix_transpose(cross)
+    squared = norms[:, :, None] + norms[:, None, :] - cross
+    w = means.importance
+    total = w[:, :, None] + w[:, None, :]
+    factor = w[:, :, None] * w[:, None, :] / xp.where(total > 0, total, xp.ones_like(total))
+    costs = xp.where(squared > 0, squared, xp.zeros_like(squared)) * factor
+    index = positions(keys.shape[1], keys)
+    possible = live[:, :, None] & live[:, None, :] & (index[:, None] != index[None, :])[None, :, :]
+    return xp.where(possible, costs, xp.full_like(costs, math.inf))
+
+
+def merge_closest(means: Means, metric: Array | None, value_scale: Array, most: int) -> Means:
+    """Merge closest pairs until at most a number of clusters is left in every stream.
+
+    Parameters
+    ----------
+    means : Means
+    metric, value_scale
+        As in `ward_costs`.
+    most : int
+        At least 1.
+
+    Returns
+    -------
+    Means
+        With as many places as before; `compact` closes the gaps.
+    """
+    xp = array_namespace(means.keys)
+    n = means.keys.shape[1]
+    index = positions(n, means.keys)[None, :]
+    while True:
+        surplus = xp.sum(xp.astype(means.counts > 0, xp.int64), axis=-1, keepdims=True) - most
+        if not bool(xp.any(surplus > 0)):
+            return means
+        costs = ward_costs(means, metric, value_scale)
+        partner = xp.argmin(costs, axis=-1)
+        cost = xp.min(costs, axis=-1)
+        mutual = (xp.take_along_axis(partner, partner, axis=1) == index) & (cost < math.inf)
+        keeps = mutual & (index < partner)
+        # The cheapest of the pairs, as many as the surplus.
+        order = xp.argsort(xp.where(keeps, cost, xp.full_like(cost, math.inf)), axis=-1, stable=True)
+        rank = xp.argsort(order, axis=-1, stable=True)
+        keeps = keeps & (rank < surplus)
+        goes = mutual & (index > partner) & xp.take_along_axis(keeps, partner, axis=1)
+        means = _merge(means, partner, keeps, goes)
+
+
+def _merge(means: Means, partner: Array, keeps: Array, goes: Array) -> Means:
+    """Merge every cluster that ``keeps`` with its partner; free the places of those that ``goes``."""
+    xp = array_namespace(means.keys)
+
+    def other(x: Array) -> Array:
+        return xp.take_along_axis(x, partner if x.ndim == 2 else partner[:, :, None], axis=1)
+
+    keys, values, counts, spread, importance = means.arrays()
+    added = xp.where(keeps, other(counts), xp.zeros_like(counts))
+    total = counts + added
+    share = added / xp.where(total > 0, total, xp.ones_like(total))
+    difference = other(keys) - keys
+    apart = xp.mean(difference * difference, axis=-1)
+    still = xp.zeros_like(counts)
+    return Means(
+        keys=keys + difference * share[:, :, None],
+        values=values + (other(values) - values) * share[:, :, None],
+        counts=xp.where(goes, still, total),
+        # The parallel-axis rule.
+        spread=spread + share * (other(spread) - spread) + share * (1.0 - share) * apart,
+        importance=xp.where(keeps, importance + other(importance), importance),
+    )
+
+
+def compact(means: Means, places: int) -> Means:
+    """Move the live clusters to the front, in their order, and keep a number of places."""
+    xp = array_namespace(means.keys)
+    order = xp.argsort(xp.astype(means.counts <= 0, xp.int8), axis=-1, stable=True)[:, :places]
+
+    def pick(x: Array) -> Array:
+        return xp.take_along_axis(x, order if x.ndim == 2 else order[:, :, None], axis=1)
+
+    return Means(*(pick(x) for x in means.arrays()))
