@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from subgen import AttentionSketch, attention
 from subgen.cli import app
+from subgen.compare import METHODS
 from subgen.files import FileError, read_capture, sample, write_arrays
 from subgen.report import stream_capture
 
@@ -82,6 +83,43 @@ def test_demo_runs_on_the_shipped_sample(tmp_path: Path) -> None:
     assert "shipped sample" in done.output
     assert "Algorithm 1" in done.output
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_compare_shows_every_method_and_marks_the_best(file: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "compare.png"
+    options = ("--budget", 0.3, "--budget", 0.6, "--prefix", 70, "--stride", 4, "--window", 8)
+    done = invoke("compare", file, *options, "--plot", plot)
+    assert done.exit_code == 0, done.output
+    for name in METHODS:
+        assert name in done.output
+    assert "30%, 21 pairs" in done.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_on_the_shipped_sample_the_default_is_ahead_of_every_rival() -> None:
+    """At a tenth of the pairs, one query in 20. Measured: .064 here, .069 the next best, .086 the oracle."""
+    done = invoke("compare", "--budget", 0.1, "--method", "subgen", "--method", "nystrom", "--method", "oracle")
+    assert done.exit_code == 0, done.output
+    rows = [line.strip(" │").split("│") for line in done.output.splitlines() if "%" in line and "│" in line]
+    errors = {cells[0].strip(): float(cells[1]) for cells in rows if cells[0].strip()}
+    assert min(errors, key=lambda name: errors[name]) == "subgen"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--budget", 2), "at most 1"),
+        (("--budget", 0.01), "leaves no cluster"),
+        (("--method", "magic"), "unknown methods"),
+        (("--prefix", 90), "leaves none"),
+        (("--stride", 0), "stride"),
+    ],
+)
+def test_compare_with_bad_options_gets_one_clear_line(file: Path, arguments: tuple, words: str) -> None:
+    done = invoke("compare", file, "--window", 8, *arguments)
+    assert done.exit_code == 2
+    assert words in done.output
+    assert "Traceback" not in done.output
 
 
 def test_backends_are_listed() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``subgen run FILE``, ``subgen demo``, ``subgen backends``."""
+"""The command line: ``subgen run``, ``demo``, ``compare``, ``backends``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rich.table import Table
 
 from . import __version__, backends
 from ._checks import check_real
+from .compare import METHODS, Comparison, compare
 from .files import Capture, FileError, read_capture, sample, write_arrays
 from .kcenter import delta_for_clusters
-from .plot import plot_reports
+from .plot import plot_comparison, plot_reports
 from .report import Report, stream_capture
 from .sketch import AttentionSketch
 
@@ -107,6 +108,72 @@ def demo(
             _PAPER: _paper(capture, None, None, 4, 256, None, seed),
         }
         _run("the shipped sample", capture, sketches, None, block, output, plot)
+
+
+@app.command("compare")
+def compare_methods(
+    file: Annotated[
+        Path | None, typer.Argument(help=".npz or .safetensors with q, k, v; the shipped sample if not given.")
+    ] = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(help="Share of the pairs to hold; repeat for several. 0.1 and 0.25.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method to compare; repeat for several. All of them.")
+    ] = None,
+    prefix: Annotated[int | None, typer.Option(help="Tokens to compress; 375 of each 512 if not given.")] = None,
+    stride: Annotated[int, typer.Option(help="Every how many later tokens a query is answered.")] = 20,
+    window: Annotated[int | None, typer.Option(help="Last tokens of the prefix that every method keeps.")] = None,
+    sink: Sink = 4,
+    scale: Scale = None,
+    seed: Seed = 0,
+    plot: Plot = None,
+) -> None:
+    """Compare the default sketch with other methods on your own capture, at equal numbers of pairs."""
+    with _clear_errors():
+        capture = sample() if file is None else read_capture(file)
+        budgets = budget or [0.1, 0.25]
+        console = Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("methods", total=len(budgets) * len(method or METHODS))
+            result = compare(
+                capture,
+                budgets,
+                prefix=prefix,
+                stride=stride,
+                scale=scale,
+                sinks=sink,
+                window=window,
+                methods=method or None,
+                seed=seed,
+                on_done=lambda name, share: progress.update(task, advance=1, description=name),
+            )
+        console.print(_comparison_table("the shipped sample" if file is None else file.name, result))
+        if plot is not None:
+            plot_comparison(result, plot)
+            console.print(f"plot written to {plot}")
+
+
+def _comparison_table(name: str, result: Comparison) -> Table:
+    table = Table(
+        "method",
+        title=f"Mean relative error of later answers: {name}",
+        caption=f"{result.prefix} tokens compressed, {result.sinks} sinks and {result.window} recent tokens included; "
+        f"{len(result.positions)} later queries",
+    )
+    for share, pairs in zip(result.budgets, result.pairs, strict=True):
+        table.add_column(f"{share:.0%}, {pairs} pairs", justify="right")
+        table.add_column("bytes", justify="right")
+    best = result.error.argmin(axis=0)
+    for i, method in enumerate(result.methods):
+        cells = []
+        for j in range(len(result.budgets)):
+            error = f"{result.error[i, j]:.4f}"
+            cells += [f"[bold]{error}[/bold]" if i == best[j] else error]
+            cells += [f"{result.held_nbytes[i, j] / result.full_nbytes:.1%}"]
+        table.add_row(method, *cells)
+    return table
 
 
 @app.command("backends")

@@ -1,14 +1,19 @@
-"""The picture of a run: error and memory over the number of tokens."""
+"""Pictures: a run (error and memory over n), and a comparison (error of each method, by budget)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .compare import Comparison
 from .files import FileError
 from .report import Report
 
-__all__ = ["plot_reports"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_comparison", "plot_reports"]
 
 
 def plot_reports(reports: Mapping[str, Report], path: str | Path, title: str) -> None:
@@ -50,6 +55,44 @@ def plot_reports(reports: Mapping[str, Report], path: str | Path, title: str) ->
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_comparison(result: Comparison, path: str | Path) -> None:
+    """Write a PNG with the error of each method, a bar for each budget, best method first.
+
+    Parameters
+    ----------
+    result : Comparison
+    path : str or Path
+        Its folder is made if need be.
+
+    Raises
+    ------
+    FileError
+        If the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 0.8 + 0.42 * len(result.methods)), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    order = result.error.mean(axis=1).argsort()[::-1]
+    height = 0.8 / len(result.budgets)
+    for j, share in enumerate(result.budgets):
+        places = [i + (len(result.budgets) / 2 - j - 0.5) * height for i in range(len(order))]
+        bars = axes.barh(places, result.error[order, j], height=height, label=f"{share:.0%} of the pairs")
+        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=7)
+    axes.set_yticks(range(len(order)), [result.methods[i] for i in order])
+    axes.set(xlabel="mean relative error against exact attention")
+    axes.margins(x=0.1)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
