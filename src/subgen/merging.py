@@ -1,7 +1,7 @@
 """Fixed memory: merge the closest pairs of clusters, in rounds of mutual nearest neighbours.
 
-A round merges at once all pairs (as many as are needed, cheapest first) in which each is the other's nearest. It
-is parallel over pairs and streams, and in trials as good as merging one cheapest pair at a time.
+A round takes all pairs at once (as many as are needed, cheapest first) in which each is the other's nearest. It is
+parallel over pairs and streams, and in trials as good as merging one cheapest pair at a time.
 """
 
 from __future__ import annotations
@@ -104,24 +104,59 @@ def merge_closest(means: Means, metric: Array | None, value_scale: Array, most: 
     Means
         With as many places as before; `compact` closes the gaps.
     """
-    xp = array_namespace(means.keys)
-    n = means.keys.shape[1]
-    index = positions(n, means.keys)[None, :]
     while True:
-        surplus = xp.sum(xp.astype(means.counts > 0, xp.int64), axis=-1, keepdims=True) - most
+        surplus = _live(means) - most
+        xp = array_namespace(surplus)
         if not bool(xp.any(surplus > 0)):
             return means
-        costs = ward_costs(means, metric, value_scale)
-        partner = xp.argmin(costs, axis=-1)
-        cost = xp.min(costs, axis=-1)
+        means = _merge(means, *_match(ward_costs(means, metric, value_scale), surplus))
+
+
+def _live(means: Means) -> Array:
+    xp = array_namespace(means.counts)
+    return xp.sum(xp.astype(means.counts > 0, xp.int64), axis=-1, keepdims=True)
+
+
+def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array]:
+    """Choose disjoint pairs, as many as the surplus or as there are: a greedy matching, in parallel.
+
+    Rounds of mutual nearest neighbours among those not yet in a pair. The costs are computed once: a cluster that
+    merged does not merge again before they are computed anew.
+
+    Parameters
+    ----------
+    costs : array, shape (streams, n, n)
+        From `ward_costs`.
+    surplus : int64 array, shape (streams, 1)
+
+    Returns
+    -------
+    partner : int64 array, shape (streams, n)
+    keeps, goes : bool arrays, shape (streams, n)
+        The first and the second of each pair.
+    """
+    xp = array_namespace(costs)
+    index = positions(costs.shape[1], costs)[None, :]
+    chosen = xp.broadcast_to(index, costs.shape[:2])
+    keeps = xp.zeros(costs.shape[:2], dtype=xp.bool, device=costs.device)
+    goes = keeps
+    while True:
+        taken = keeps | goes
+        penalty = xp.where(taken, xp.full_like(costs[:, 0, :], math.inf), xp.zeros_like(costs[:, 0, :]))
+        open_costs = costs + penalty[:, None, :]
+        partner = xp.argmin(open_costs, axis=-1)
+        cost = xp.take_along_axis(open_costs, partner[:, :, None], axis=2)[:, :, 0] + penalty
         mutual = (xp.take_along_axis(partner, partner, axis=1) == index) & (cost < math.inf)
-        keeps = mutual & (index < partner)
+        first = mutual & (index < partner)
         # The cheapest of the pairs, as many as the surplus.
-        order = xp.argsort(xp.where(keeps, cost, xp.full_like(cost, math.inf)), axis=-1, stable=True)
-        rank = xp.argsort(order, axis=-1, stable=True)
-        keeps = keeps & (rank < surplus)
-        goes = mutual & (index > partner) & xp.take_along_axis(keeps, partner, axis=1)
-        means = _merge(means, partner, keeps, goes)
+        order = xp.argsort(xp.where(first, cost, xp.full_like(cost, math.inf)), axis=-1, stable=True)
+        first = first & (xp.argsort(order, axis=-1, stable=True) < surplus)
+        second = mutual & (index > partner) & xp.take_along_axis(first, partner, axis=1)
+        if not bool(xp.any(first)):
+            return chosen, keeps, goes
+        chosen = xp.where(first | second, partner, chosen)
+        keeps, goes = keeps | first, goes | second
+        surplus = surplus - xp.sum(xp.astype(first, xp.int64), axis=-1, keepdims=True)
 
 
 def _merge(means: Means, partner: Array, keeps: Array, goes: Array) -> Means:
