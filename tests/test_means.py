@@ -137,7 +137,7 @@ def test_merging_loses_no_token_and_keeps_the_first_two_moments(
         total = (counts[..., None] * held).sum(axis=1)
         np.testing.assert_allclose(total, given_[:, absorbed].sum(axis=1), rtol=1e-10, atol=1e-9)
     # Spread within plus spread between is the spread of all: the parallel-axis rule, carried through every merge.
-    within = (counts * state.spread * k.shape[-1]).sum(axis=-1)
+    within = (counts * state.spread.mean(axis=-1) * k.shape[-1]).sum(axis=-1)
     centre = k[:, absorbed].mean(axis=1, keepdims=True)
     between = (counts * ((state.keys - centre) ** 2).sum(axis=-1)).sum(axis=-1)
     np.testing.assert_allclose(within + between, ((k[:, absorbed] - centre) ** 2).sum(axis=(1, 2)), rtol=1e-9)
@@ -187,8 +187,8 @@ def test_memory_is_fixed_and_is_that_of_the_arrays() -> None:
         assert pairs <= 4 + 16 + 20
         if state.ring_keys.shape[1] == 16 and start > 500:
             sizes.add(sketch.nbytes)
-    # Per stream: pairs, one query for each token in the ring, three numbers for each cluster; a flag for each token.
-    assert sizes == {2 * 4 * ((4 + 16 + 20) * 16 + 16 * 8 + 20 * 3) + 16}
+    # Per stream: pairs, one query for each token in the ring, six numbers for each cluster; a flag for each token.
+    assert sizes == {2 * 4 * ((4 + 16 + 20) * 16 + 16 * 8 + 20 * 6) + 16}
 
 
 def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library) -> None:
@@ -197,7 +197,7 @@ def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library
         keys = library.array(points.astype(np.float32))
         ones = library.array(np.ones((2, 13), dtype=np.float32))
         scale = library.array(np.ones(2, dtype=np.float32))
-        means = Means(keys, keys, ones, library.array(np.zeros((2, 13), dtype=np.float32)), ones)
+        means = Means(keys, keys, ones, library.array(np.zeros((2, 13, 1), dtype=np.float32)), ones)
         for most in (12, 5, 1):
             merged = compact(merge_closest(means, None, scale, most), most)
             counts = to_numpy(merged.counts)
@@ -212,17 +212,26 @@ def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library
 def test_the_closest_pair_merges_first() -> None:
     keys = np.asarray([[[0.0], [5.0], [5.1], [9.0]]])
     ones = np.ones((1, 4))
-    merged = compact(merge_closest(Means(keys, 0 * keys, ones, 0 * ones, ones), None, np.ones(1), 3), 3)
+    merged = compact(merge_closest(Means(keys, 0 * keys, ones, 0 * keys, ones), None, np.ones(1), 3), 3)
     np.testing.assert_allclose(merged.keys[0, :, 0], [0.0, 5.05, 9.0])
-    np.testing.assert_allclose(merged.spread[0], [0.0, 0.0025, 0.0], atol=1e-15)
+    np.testing.assert_allclose(merged.spread[0, :, 0], [0.0, 0.0025, 0.0], atol=1e-15)
     np.testing.assert_array_equal(merged.counts[0], [1, 2, 1])
 
 
 def test_log_weights() -> None:
     rows = np.asarray([[[2.0, 0.0], [0.0, 0.0]]])
-    got = log_weights(rows, np.asarray([[1.0, 10.0, 10.0, 0.0]]), np.asarray([[0.0, 0.1, 100.0, 0.0]]))
+    spread = np.asarray([[0.0, 0.1, 100.0, 0.0]])[..., None]
+    got = log_weights(rows, np.asarray([[1.0, 10.0, 10.0, 0.0]]), spread)
     expected = [[0.0, np.log(10) + 0.2, 2 * np.log(10), -np.inf], [0.0, np.log(10), np.log(10), -np.inf]]
     np.testing.assert_allclose(got[0], expected)
+
+
+def test_log_weights_by_bands() -> None:
+    """Each band of the query meets the spread of its own coordinates."""
+    rows = np.asarray([[[1.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0]]])
+    spread = np.asarray([[[0.1, 9.0, 0.2, 9.0]]])
+    got = log_weights(rows, np.asarray([[100.0]]), spread)
+    np.testing.assert_allclose(got[0, 0], [np.log(100) + 0.5 * (0.1 * 2 + 0.2 * 4)])
 
 
 class TestSixteenBits:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from ._array import Array, array_namespace, chunks, compute_dtype, positions
 from .backends import Operations
-from .merging import Means, compact, join, merge_closest
+from .merging import Means, band_means, bands, compact, join, merge_closest
 from .rounding import round_to
 from .weighted import causal_bias, join_rows, merge_attention
 
@@ -34,6 +34,9 @@ _LOGITS_AT_ONCE = 1 << 22
 # Added to the second moment of the queries, in units of its mean eigenvalue: a few dozen queries tell little about most
 # directions, so the metric leans towards one that treats all alike (docs/experiments.md).
 _RIDGE = 0.3
+# Weight of a squared distance of values, in units of their typical norm, beside one of logits: keys that were merged
+# wrongly are mended by the spread, values are not.
+_VALUE_WEIGHT = 2.0
 # Attention a token is taken to have received at least, as a share of uniform attention.
 _LEAST_ATTENTION = 1e-3
 
@@ -73,18 +76,19 @@ class MeansState:
 
 
 def log_weights(rows: Array, counts: Array, spread: Array) -> Array:
-    """Log-weight of each cluster for each query: ``log n + min(spread |q|^2 / 2, log n)``.
+    """Log-weight of each cluster for each query: ``log n + min(variance / 2, log n)``.
 
     By Jensen's inequality a cluster has more mass than ``n e^<q, mean>``. To second order the missing factor is
-    ``e^(Var<q,k> / 2)``; with the members' spread taken as the same in every direction the variance is
-    ``spread |q|^2``. Far from the mean the second order overshoots; stopping it at a factor of n won in trials over
-    fixed limits (docs/experiments.md).
+    ``e^(Var<q,k> / 2)``. The variance of the members' logits is taken from their spread, which is told apart by bands
+    of coordinates: ``sum over bands of spread |q_band|^2``. Far from the mean the second order overshoots; stopping it
+    at a factor of n won in trials over fixed limits (docs/experiments.md).
 
     Parameters
     ----------
     rows : array, shape (streams, m, head_dim)
         Scaled queries.
-    counts, spread : array, shape (streams, clusters)
+    counts : array, shape (streams, clusters)
+    spread : array, shape (streams, clusters, bands)
 
     Returns
     -------
@@ -96,7 +100,8 @@ def log_weights(rows: Array, counts: Array, spread: Array) -> Array:
     spread = xp.astype(spread, rows.dtype, copy=False)
     live = counts > 0
     log_counts = xp.log(xp.where(live, counts, xp.ones_like(counts)))[:, None, :]
-    half = xp.sum(rows * rows, axis=-1)[:, :, None] * (0.5 * spread)[:, None, :]
+    energy = band_means(rows * rows) * (rows.shape[-1] / spread.shape[-1])
+    half = 0.5 * xp.matmul(energy, xp.matrix_transpose(spread))
     weights = log_counts + xp.where(half < log_counts, half, xp.broadcast_to(log_counts, half.shape))
     return xp.where(live[:, None, :], weights, xp.full_like(weights, -math.inf))
 
@@ -145,7 +150,7 @@ class ClusterMeans:
             keys=no_keys,
             values=no_values,
             counts=scalars,
-            spread=scalars,
+            spread=xp.zeros((keys.shape[0], 0, bands(keys.shape[-1])), dtype=wide, device=keys.device),
             importance=scalars,
             n_seen=0,
         )
@@ -280,7 +285,8 @@ class ClusterMeans:
         else:
             importance = ones
             metric = _isotropic(state.ring_keys, self.scale, wide)
-        leaving = Means(leaving_keys, leaving_values, ones, xp.zeros_like(ones), importance)
+        alone = xp.zeros_like(leaving_keys[:, :, : bands(leaving_keys.shape[-1])])
+        leaving = Means(leaving_keys, leaving_values, ones, alone, importance)
         held = Means(
             xp.astype(state.keys, wide, copy=False),
             xp.astype(state.values, wide, copy=False),
@@ -290,7 +296,7 @@ class ClusterMeans:
         )
         ring_values = xp.astype(state.ring_values, wide, copy=False)
         norms = xp.sqrt(xp.sum(ring_values * ring_values, axis=-1))
-        value_scale = xp.mean(norms, axis=-1)
+        value_scale = xp.mean(norms, axis=-1) / math.sqrt(_VALUE_WEIGHT)
         value_scale = xp.where(value_scale > 0, value_scale, xp.ones_like(value_scale))
         places = min(self.max_clusters, state.keys.shape[1] + block)
         merged = merge_closest(join(held, leaving), metric, value_scale, self.max_clusters)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ._array import Array, array_namespace, positions
 
-__all__ = ["Means", "compact", "join", "merge_closest", "ward_costs"]
+__all__ = ["Means", "band_means", "bands", "compact", "join", "merge_closest", "ward_costs"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Means:
         Means of the members.
     counts : array, shape (streams, clusters)
         Number of members, as a float; zero marks a place that is free.
-    spread : array, shape (streams, clusters)
-        Mean squared distance of the members' keys to their mean, divided by head_dim.
+    spread : array, shape (streams, clusters, bands)
+        Variance of the members' keys about their mean, averaged over the coordinates of each band; see `bands`.
     importance : array, shape (streams, clusters)
         What merging this cluster costs, see `ward_costs`; adds up in a merge.
     """
@@ -39,6 +39,21 @@ class Means:
     def arrays(self) -> tuple[Array, Array, Array, Array, Array]:
         """Return the arrays in order."""
         return self.keys, self.values, self.counts, self.spread, self.importance
+
+
+def bands(head_dim: int) -> int:
+    """Return the number of bands of adjacent coordinates that the spread of keys is told apart by: 4, or 1.
+
+    Rotary positions turn each pair of coordinates at its own frequency, and the frequency falls along the
+    coordinates: merged tokens spread along the fast ones most.
+    """
+    return 4 if head_dim % 4 == 0 else 1
+
+
+def band_means(x: Array) -> Array:
+    """Average over the coordinates of each band: ``(..., head_dim)`` to ``(..., bands)``."""
+    xp = array_namespace(x)
+    return xp.mean(xp.reshape(x, (*x.shape[:-1], bands(x.shape[-1]), -1)), axis=-1)
 
 
 def join(first: Means, second: Means) -> Means:
@@ -171,14 +186,14 @@ def _merge(means: Means, partner: Array, keeps: Array, goes: Array) -> Means:
     total = counts + added
     share = added / xp.where(total > 0, total, xp.ones_like(total))
     difference = other(keys) - keys
-    apart = xp.mean(difference * difference, axis=-1)
+    apart = band_means(difference * difference)
     still = xp.zeros_like(counts)
     return Means(
         keys=keys + difference * share[:, :, None],
         values=values + (other(values) - values) * share[:, :, None],
         counts=xp.where(goes, still, total),
         # The parallel-axis rule.
-        spread=spread + share * (other(spread) - spread) + share * (1.0 - share) * apart,
+        spread=spread + share[:, :, None] * (other(spread) - spread + (1.0 - share)[:, :, None] * apart),
         importance=xp.where(keeps, importance + other(importance), importance),
     )
 
