@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
@@ -24,6 +24,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def library(request: pytest.FixtureRequest) -> Library:
     """An array library that is installed here."""
     chosen: Library = LIBRARIES[request.param]
-    if importlib.util.find_spec(chosen.module) is None:
+    if importlib.util.find_spec(chosen.module.split(".")[0]) is None:
         pytest.skip(f"{chosen.module} is not installed")
     return chosen
