@@ -134,8 +134,7 @@ def compare_methods(
         capture = sample() if file is None else read_capture(file)
         budgets = budget or [0.1, 0.25]
         console = Console()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with _progress(console) as progress:
             task = progress.add_task("methods", total=len(budgets) * len(method or METHODS))
             result = compare(
                 capture,
@@ -204,6 +203,12 @@ class _clear_errors:  # noqa: N801 - reads as a verb in a with statement
             raise typer.Exit(2) from None
 
 
+def _progress(console: Console) -> Progress:
+    """Make a progress bar that leaves nothing behind."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
 def _check_output(output: Path | None) -> None:
     if output is not None and output.suffix.lower() not in (".npz", ".safetensors"):
         raise ValueError(f"--output must end in .npz or .safetensors, got {output}")
@@ -266,9 +271,8 @@ def _run(
     plot: Path | None,
 ) -> None:
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     reports = {}
-    with Progress(*columns, console=console, transient=True) as progress:
+    with _progress(console) as progress:
         for method, sketch in sketches.items():
             task = progress.add_task(f"{method}: tokens", total=capture.k.shape[1])
             reports[method] = stream_capture(

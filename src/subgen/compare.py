@@ -20,6 +20,7 @@ from .backends import operations_for
 from .baselines import RIVALS, Compress, Prefix, exact
 from .files import Capture
 from .means import ClusterMeans, MeansState
+from .report import relative_error
 from .weighted import merge_attention, weighted_attention
 
 __all__ = ["METHODS", "Comparison", "compare", "default_sketch"]
@@ -224,7 +225,7 @@ def compare(
             answers = compress(given, budget, np.random.default_rng(seed))
             output, _ = merge_attention(answers.answer(rows), later)
             seconds[i, j] = time.perf_counter() - begin
-            stream_error[i, j] = _relative_error(output, truth).reshape(-1, len(positions)).mean(axis=-1)
+            stream_error[i, j] = relative_error(output, truth).reshape(-1, len(positions)).mean(axis=-1)
             held[i, j] = answers.nbytes
             if on_done is not None:
                 on_done(name, budgets[j])
@@ -277,10 +278,3 @@ def _later(
     bias = np.tile(bias, (rows.shape[1] // len(positions), 1))[None]
     outputs, logsumexp = weighted_attention(rows, capture.k[:, tokens], capture.v[:, tokens], bias)
     return outputs, logsumexp
-
-
-def _relative_error(output: NDArray[Any], truth: NDArray[Any]) -> NDArray[np.float64]:
-    """``||output - truth|| / ||truth||`` per query; 0 where both are zero."""
-    wide = truth.astype(np.float64)
-    missed = np.linalg.norm(output.astype(np.float64) - wide, axis=-1)
-    return np.asarray(missed / np.maximum(np.linalg.norm(wide, axis=-1), np.finfo(np.float64).tiny))

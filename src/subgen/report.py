@@ -14,7 +14,7 @@ from .exact import attention
 from .files import Capture
 from .sketch import AttentionSketch
 
-__all__ = ["Report", "stream_capture"]
+__all__ = ["Report", "relative_error", "stream_capture"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def stream_capture(
         exact_seconds += time.perf_counter() - middle
         seconds += middle - begin
         outputs.append(output)
-        errors.append(_relative_error(output, exact))
+        errors.append(relative_error(output, exact))
         sizes.append(sketch.nbytes)
         if on_block is not None:
             on_block(end)
@@ -125,7 +125,7 @@ def stream_capture(
     )
 
 
-def _relative_error(output: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float64]:
+def relative_error(output: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float64]:
     """``||output - exact|| / ||exact||`` per token; 0 where both are zero."""
     wide = exact.astype(np.float64)
     missed = np.linalg.norm(output.astype(np.float64) - wide, axis=-1)
