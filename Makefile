@@ -1,11 +1,11 @@
-# One command each: demo, test, lint, bench, long-stream. Every target makes its own environment first.
+# One command each: demo, test, lint, bench, long-stream, drift. Every target makes its own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench long-stream clean
+.PHONY: demo test lint bench long-stream drift clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
@@ -23,6 +23,9 @@ bench: $(VENV)/.test
 
 long-stream: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/long_stream.py
+
+drift: $(VENV)/.demo
+	$(BIN)/python asv_benchmarks/drift.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

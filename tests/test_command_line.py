@@ -105,6 +105,18 @@ def test_compare_on_the_shipped_sample_the_default_is_ahead_of_every_rival() -> 
     assert min(errors, key=lambda name: errors[name]) == "subgen"
 
 
+def test_plan_tells_both_sizes_and_the_verdict(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = tmp_path / "capture.npz"
+    write_arrays(path, {name: np.tile(x, (1, 2, 1)) for name, x in arrays.items()})
+    done = invoke("plan", path, "--eps", 0.5, "--n", 5000, "--window", 8)
+    assert done.exit_code == 0, done.output
+    for words in ("samples per cluster", "mean relative error", "out of reach", "5,000 tokens"):
+        assert words in " ".join(done.output.split())
+    short = invoke("plan", path)
+    assert short.exit_code == 2
+    assert "180 tokens is too short" in " ".join(short.output.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,8 +7,9 @@ from importlib.metadata import version
 from . import backends, theory
 from .budget import Power
 from .exact import attention
+from .plan import plan
 from .sketch import AttentionSketch
 
-__all__ = ["AttentionSketch", "Power", "attention", "backends", "theory"]
+__all__ = ["AttentionSketch", "Power", "attention", "backends", "plan", "theory"]
 
 __version__ = version("subgen-attention")

@@ -1,4 +1,4 @@
-"""The command line: ``subgen run``, ``demo``, ``compare``, ``backends``."""
+"""The command line: ``subgen run``, ``demo``, ``compare``, ``plan``, ``backends``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ._checks import check_real
 from .compare import METHODS, Comparison, compare
 from .files import Capture, FileError, read_capture, sample, write_arrays
 from .kcenter import delta_for_clusters
+from .means import Storage
+from .plan import Plan, plan
 from .plot import plot_comparison, plot_reports
 from .report import Report, stream_capture
 from .sketch import AttentionSketch
@@ -42,6 +44,7 @@ Budget = Annotated[
 MaxClusters = Annotated[int | None, typer.Option(help="Clusters to hold, instead of --budget.")]
 Window = Annotated[int, typer.Option(help="Most recent tokens kept exactly.")]
 Sink = Annotated[int, typer.Option(help="First tokens kept exactly.")]
+HeldIn = Annotated[Storage, typer.Option(help="What means are held in: the dtype of the input, or 8 bits.")]
 WithPaper = Annotated[bool, typer.Option("--paper", help="Run the paper's Algorithm 1 beside it.")]
 Delta = Annotated[float | None, typer.Option(help="Algorithm 1: radius of a cluster, in the units of the keys.")]
 Clusters = Annotated[
@@ -64,6 +67,7 @@ def run(
     max_clusters: MaxClusters = None,
     window: Window = 32,
     sink: Sink = 4,
+    storage: HeldIn = "input",
     paper: WithPaper = False,
     delta: Delta = None,
     clusters: Clusters = None,
@@ -79,7 +83,7 @@ def run(
     with _clear_errors():
         capture = read_capture(file)
         _check_output(output)
-        sketches = {"subgen": _default(capture, budget, max_clusters, window, sink, scale, seed)}
+        sketches = {"subgen": _default(capture, budget, max_clusters, window, sink, storage, scale, seed)}
         if paper:
             sketches[_PAPER] = _paper(capture, delta, clusters, samples_per_cluster, value_samples, scale, seed)
         elif delta is not None or clusters is not None:
@@ -104,7 +108,7 @@ def demo(
         capture = sample()
         _check_output(output)
         sketches = {
-            "subgen": _default(capture, budget, None, window, 4, None, seed),
+            "subgen": _default(capture, budget, None, window, 4, "input", None, seed),
             _PAPER: _paper(capture, None, None, 4, 256, None, seed),
         }
         _run("the shipped sample", capture, sketches, None, block, output, plot)
@@ -175,6 +179,71 @@ def _comparison_table(name: str, result: Comparison) -> Table:
     return table
 
 
+@app.command("plan")
+def plan_sketch(
+    file: Annotated[
+        Path | None, typer.Argument(help=".npz or .safetensors with q, k, v; the shipped sample if not given.")
+    ] = None,
+    eps: Annotated[float, typer.Option(help="Error allowed.")] = 0.1,
+    n: Annotated[int | None, typer.Option(help="Tokens to plan for; those of the file if not given.")] = None,
+    window: Window = 32,
+    sink: Sink = 4,
+    scale: Scale = None,
+    seed: Seed = 0,
+) -> None:
+    """Say from a capture how large a sketch must be: by the theorem, and by measuring the default."""
+    with _clear_errors():
+        capture = sample() if file is None else read_capture(file)
+        console = Console()
+        with _progress(console) as progress:
+            task = progress.add_task("planning", total=None)
+            found = plan(
+                eps,
+                keys=capture.k,
+                values=capture.v,
+                queries=capture.q,
+                n=n,
+                scale=scale,
+                window=window,
+                sink=sink,
+                seed=seed,
+                on_done=lambda word, number: progress.update(task, advance=1, description=f"{word} {number:.3g}"),
+            )
+        for table in _plan_tables("the shipped sample" if file is None else file.name, found):
+            console.print(table)
+        console.print(found.words)
+
+
+def _plan_tables(name: str, found: Plan) -> tuple[Table, Table]:
+    theorem = Table(
+        "clusters m",
+        "delta",
+        "t, samples per cluster",
+        "s, value samples",
+        f"of a cache of {found.n:,}",
+        title=f"Algorithm 1 at the sizes of the theorem, eps {found.eps:g}: {name}",
+        caption=f"largest query norm times the factor of the logits: {found.query_norm:.3g}",
+    )
+    for size in found.theorem:
+        theorem.add_row(
+            f"{size.clusters:,}",
+            f"{size.delta:.3g}",
+            f"{size.samples_per_cluster:.3g}",
+            f"{size.value_samples:.3g}",
+            f"{size.share:.3g} times" if size.share >= 1 else f"{size.share:.1%}",
+        )
+    default = Table(
+        "clusters",
+        "of the pairs",
+        "mean relative error",
+        title="The default sketch, measured",
+        caption=f"{found.sink} sinks and {found.window} recent tokens beside the clusters",
+    )
+    for row in found.measured:
+        default.add_row(f"{row.clusters:,}", f"{row.share:.1%}", f"{row.error:.4f}")
+    return theorem, default
+
+
 @app.command("backends")
 def list_backends() -> None:
     """List the installed backends, where they come from and which operations they replace."""
@@ -220,6 +289,7 @@ def _default(
     max_clusters: int | None,
     window: int,
     sink: int,
+    storage: Storage,
     scale: float | None,
     seed: int,
 ) -> AttentionSketch:
@@ -234,7 +304,7 @@ def _default(
                 f"--budget {share:g} of {n} tokens is {round(share * n)} pairs, which leaves no cluster beside "
                 f"{window} recent tokens and {sink} sinks; raise it, or lower --window"
             )
-    return AttentionSketch(max_clusters, window=window, sink=sink, scale=scale, seed=seed)
+    return AttentionSketch(max_clusters, window=window, sink=sink, scale=scale, storage=storage, seed=seed)
 
 
 def _paper(

@@ -18,13 +18,13 @@ from ._array import chunks, nbytes
 from ._checks import check_integer, check_real, check_scale, check_seed
 from .backends import operations_for
 from .baselines import RIVALS, Compress, Prefix, exact
-from .budget import Fixed
+from .budget import Budget, Bytes, Fixed
 from .files import Capture
-from .means import ClusterMeans, MeansState
+from .means import ClusterMeans, MeansState, Storage
 from .report import relative_error
 from .weighted import merge_attention, weighted_attention
 
-__all__ = ["METHODS", "Comparison", "compare", "default_sketch"]
+__all__ = ["METHODS", "Comparison", "compare", "default_sketch", "eight_bit_sketch"]
 
 # Tokens in a call: the sketch sees the prefix as a stream. The result does not depend on it.
 _BLOCK = 64
@@ -69,13 +69,38 @@ def default_sketch(prefix: Prefix, budget: int, rng: np.random.Generator) -> _St
         raise ValueError(
             f"a budget of {budget} pairs leaves no cluster beside {prefix.sinks} sinks and a window of {prefix.window}"
         )
+    return _stream(prefix, Fixed(max(clusters, 1)), "input", rng)
+
+
+def eight_bit_sketch(prefix: Prefix, budget: int, rng: np.random.Generator) -> _Streamed:
+    """Stream a prefix through the default sketch with means in 8 bits, in no more bytes than the pairs would take.
+
+    Parameters
+    ----------
+    prefix, budget, rng
+        As in `default_sketch`.
+
+    Returns
+    -------
+    Answers
+
+    Raises
+    ------
+    ValueError
+        As in `default_sketch`.
+    """
+    pair = prefix.keys.itemsize * (prefix.keys.shape[-1] + prefix.values.shape[-1])
+    return _stream(prefix, Bytes(prefix.streams * budget * pair), "int8", rng)
+
+
+def _stream(prefix: Prefix, budget: Budget, storage: Storage, rng: np.random.Generator) -> _Streamed:
     method = ClusterMeans(
-        budget=Fixed(max(clusters, 1)),
+        budget=budget,
         delta=None,
         window=check_integer("window", prefix.window, minimum=2),
         sink=prefix.sinks,
         scale=prefix.scale,
-        storage="input",
+        storage=storage,
         residual_samples=0,
         seed=int(rng.integers(2**32)),
     )
@@ -92,9 +117,12 @@ def default_sketch(prefix: Prefix, budget: int, rng: np.random.Generator) -> _St
 
 METHODS: Mapping[str, Compress] = {
     "subgen": default_sketch,
+    "subgen-int8": eight_bit_sketch,
     **{name: rival.compress for name, rival in RIVALS.items()},
 }
-"""Every method that `compare` knows, by name: the default sketch, and its rivals."""
+"""Every method that `compare` knows, by name: the default sketch, the same with means in 8 bits, and its rivals.
+
+Budgets count pairs; ``subgen-int8`` instead holds what fits into the bytes of as many pairs."""
 
 
 @dataclass(frozen=True)
