@@ -304,4 +304,4 @@ def _clusters_for(eps: float, measured: tuple[DefaultSize, ...]) -> int | None:
     if b.error <= 0.0:
         return b.clusters
     part = math.log(a.error / eps) / math.log(a.error / b.error)
-    return int(math.ceil(a.clusters * (b.clusters / a.clusters) ** part - 1e-9))
+    return math.ceil(a.clusters * math.pow(b.clusters / a.clusters, part) - 1e-9)
