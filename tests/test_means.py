@@ -288,7 +288,7 @@ class TestSixteenBits:
 
     def test_a_mean_follows_its_stream(self) -> None:
         """Values move from 0 to 1 after half of the stream: rounding to nearest would stand still long before."""
-        n = 20_000
+        n = 10_000
         k = np.zeros((1, n, 2), dtype=np.float16)
         v = np.ones((1, n, 1), dtype=np.float16)
         v[:, : n // 2] = 0.0
