@@ -436,7 +436,7 @@ def test_chunks_with_a_ratio_are_warned_of(model: Any, caplog: pytest.LogCapture
         ({"compression_ratio": -0.1}, ValueError, "at least 0"),
         ({"max_clusters": 5, "prefill": "fast"}, ValueError, "streaming"),
         ({"max_clusters": 5, "window": 1}, ValueError, "window"),
-        ({"max_clusters": 5, "rollback": 0}, ValueError, "rollback"),
+        ({"max_clusters": 5, "rollback": -1}, ValueError, "rollback"),
     ],
 )
 def test_bad_arguments(model: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -25,6 +25,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from subgen._checks import check_integer
+
 from ._budget import budgets
 from ._families import layer_kinds, refuse_model
 from ._functions import subgen_attention, subgen_mask
@@ -97,7 +99,8 @@ class SubGenCache(Cache):
         are streaming.
     rollback : int
         How many of a call's tokens can be taken back, for speculative decoding: at least as many as are drafted at
-        once. The last tokens are kept for it until the next call, if there were more than one.
+        once. Until the next call the last tokens are kept for it, and the state before them, if there were more than
+        one. 0 keeps nothing: half the memory where long text is streamed in blocks.
 
     Raises
     ------
@@ -136,8 +139,7 @@ class SubGenCache(Cache):
         kinds = layer_kinds(config)
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', got {prefill!r}")
-        if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 1:
-            raise ValueError(f"rollback must be an integer of at least 1, got {rollback!r}")
+        rollback = check_integer("rollback", rollback, minimum=0)
         each = budgets(len(kinds), max_clusters, compression_ratio, window=window, sink=sink, seed=seed)
         super().__init__(
             layers=[
