@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from libraries import NUMPY, Library, to_numpy
 from subgen import AttentionSketch, attention
 from subgen.backends import PORTABLE, Operations
 from subgen.files import sample
-from subgen.means import log_weights
-from subgen.merging import Means, compact, merge_closest
-from subgen.rounding import round_to
+from subgen.mass import log_weights
+from subgen.merging import Means, merge_closest
+from subgen.rounding import dither, round_to
 from subgen.weighted import merge_attention
 
 
@@ -32,11 +32,28 @@ def stream(seed: int, shape: tuple[int, ...], n: int, d: int = 4, e: int = 3, gr
 
 
 def arrays(state: Any) -> dict[str, Any]:
-    return {field.name: to_numpy(getattr(state, field.name)) for field in fields(state)}
+    """Everything a state holds, by name; of its buffers what is written."""
+    exact = state.n_exact
+    found: dict[str, Any] = {}
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if field.name in ("keys", "values"):
+            found[field.name] = to_numpy(value)[:, : state.n_means + exact]
+        elif field.name == "queries":
+            found["query codes"] = to_numpy(value.codes)[:, : len(state.asked)]
+            found["query scales"] = to_numpy(value.scales)[:, : len(state.asked)]
+        elif field.name == "tail" or value is None:
+            continue
+        elif is_dataclass(value):
+            found |= {f"{field.name}.{part.name}": to_numpy(getattr(value, part.name)) for part in fields(value)}
+        else:
+            found[field.name] = to_numpy(value)
+    return found
 
 
 def assert_same(a: Any, b: Any) -> None:
     a, b = arrays(a), arrays(b)
+    assert set(a) == set(b)
     for name in b:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
@@ -130,16 +147,16 @@ def test_merging_loses_no_token_and_keeps_the_first_two_moments(
     sketch = AttentionSketch(clusters, window=8, sink=4)
     sketch.update(k, v, q if with_queries else None)
     state = sketch.state
-    absorbed = slice(4, n - state.ring_keys.shape[1])
-    counts = state.counts
-    np.testing.assert_array_equal(counts.sum(axis=-1), np.full(2, n - 4 - state.ring_keys.shape[1]))
-    for held, given_ in ((state.keys, k), (state.values, v)):
+    absorbed = slice(4, n - state.n_exact + 4)
+    counts, means = state.counts, slice(0, state.n_means)
+    np.testing.assert_array_equal(counts.sum(axis=-1), np.full(2, n - state.n_exact))
+    for held, given_ in ((state.keys[:, means], k), (state.values[:, means], v)):
         total = (counts[..., None] * held).sum(axis=1)
         np.testing.assert_allclose(total, given_[:, absorbed].sum(axis=1), rtol=1e-10, atol=1e-9)
     # Spread within plus spread between is the spread of all: the parallel-axis rule, carried through every merge.
     within = (counts * state.spread.mean(axis=-1) * k.shape[-1]).sum(axis=-1)
     centre = k[:, absorbed].mean(axis=1, keepdims=True)
-    between = (counts * ((state.keys - centre) ** 2).sum(axis=-1)).sum(axis=-1)
+    between = (counts * ((state.keys[:, means] - centre) ** 2).sum(axis=-1)).sum(axis=-1)
     np.testing.assert_allclose(within + between, ((k[:, absorbed] - centre) ** 2).sum(axis=(1, 2)), rtol=1e-9)
 
 
@@ -183,12 +200,11 @@ def test_memory_is_fixed_and_is_that_of_the_arrays() -> None:
     for start in range(0, 4000, 5):
         sketch.update(*(x[:, start : start + 5] for x in (k, v, q)))
         state = sketch.state
-        pairs = state.sink_keys.shape[1] + state.ring_keys.shape[1] + state.keys.shape[1]
-        assert pairs <= 4 + 16 + 20
-        if state.ring_keys.shape[1] == 16 and start > 500:
+        assert state.keys.shape[1] <= 4 + 16 + 20
+        if start > 500:
             sizes.add(sketch.nbytes)
-    # Per stream: pairs, one query for each token in the ring, six numbers for each cluster; a flag for each token.
-    assert sizes == {2 * 4 * ((4 + 16 + 20) * 16 + 16 * 8 + 20 * 6) + 16}
+    # Per stream: pairs, a query in 8 bits and its scale for each token of the window, six numbers for each cluster.
+    assert sizes == {2 * (4 * ((4 + 16 + 20) * 16 + 20 * 6) + 16 * (8 + 4))}
 
 
 def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library) -> None:
@@ -196,10 +212,11 @@ def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library
     for points in (np.zeros((2, 13, 2)), rng.integers(0, 2, size=(2, 13, 2)), rng.normal(size=(2, 13, 2))):
         keys = library.array(points.astype(np.float32))
         ones = library.array(np.ones((2, 13), dtype=np.float32))
+        single = library.array(np.ones((2, 13), dtype=np.int32))
         scale = library.array(np.ones(2, dtype=np.float32))
-        means = Means(keys, keys, ones, library.array(np.zeros((2, 13, 1), dtype=np.float32)), ones)
+        means = Means(keys, keys, single, library.array(np.zeros((2, 13, 1), dtype=np.float32)), ones)
         for most in (12, 5, 1):
-            merged = compact(merge_closest(means, None, scale, most), most)
+            merged, moved = merge_closest(means, None, scale, most, most)
             counts = to_numpy(merged.counts)
             assert counts.shape == (2, most)
             assert (counts > 0).all()
@@ -207,12 +224,20 @@ def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library
             np.testing.assert_allclose(
                 (counts[..., None] * to_numpy(merged.keys)).sum(axis=1), points.sum(axis=1), rtol=1e-5, atol=1e-5
             )
+            # Every point knows where it went: the means of those that went to a place are the means there.
+            for row, places in enumerate(to_numpy(moved)):
+                for place in range(most):
+                    went = points[row][places == place]
+                    assert len(went) == counts[row, place]
+                    np.testing.assert_allclose(to_numpy(merged.keys)[row, place], went.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_the_closest_pair_merges_first() -> None:
     keys = np.asarray([[[0.0], [5.0], [5.1], [9.0]]])
     ones = np.ones((1, 4))
-    merged = compact(merge_closest(Means(keys, 0 * keys, ones, 0 * keys, ones), None, np.ones(1), 3), 3)
+    means = Means(keys, 0 * keys, ones.astype(np.int32), 0 * keys, ones)
+    merged, moved = merge_closest(means, None, np.ones(1), 3, 3)
+    np.testing.assert_array_equal(moved, [[0, 1, 1, 2]])
     np.testing.assert_allclose(merged.keys[0, :, 0], [0.0, 5.05, 9.0])
     np.testing.assert_allclose(merged.spread[0, :, 0], [0.0, 0.0025, 0.0], atol=1e-15)
     np.testing.assert_array_equal(merged.counts[0], [1, 2, 1])
@@ -246,7 +271,9 @@ class TestSixteenBits:
         else:
             x, target = np.asarray([1 + 0.3 * 2.0**-10, -3 - 0.9 * 2.0**-9, 1e-3], np.float32)[None, :, None], "float16"
             target = np.dtype(target)
-        rounded = np.stack([to_numpy(round_to(x, target, 1, i, Operations())).astype(float) for i in range(2000)])
+        rounded = np.stack(
+            [to_numpy(round_to(x, target, dither(1, 3, i, Operations()))).astype(float) for i in range(2000)]
+        )
         # Within one unit of the last place each; the mean of 2000 within 6 deviations of at most half a unit.
         unit = 2.0 ** (-7 if dtype == "bfloat16" else -10) * np.asarray([1.0, 2.0, 2.0**-10])[None, :, None]
         wide = to_numpy(x).astype(float)
@@ -256,7 +283,8 @@ class TestSixteenBits:
     def test_what_fits_stays(self) -> None:
         x = np.asarray([[[0.0], [1.0], [-2.5], [65504.0], [2.0**-24]]], dtype=np.float32)
         for number in range(50):
-            np.testing.assert_array_equal(round_to(x, np.dtype("float16"), 0, number, Operations()), x)
+            rounded = round_to(x, np.dtype("float16"), dither(0, 3, number, Operations()))
+            np.testing.assert_array_equal(rounded, x)
 
     def test_a_mean_follows_its_stream(self) -> None:
         """Values move from 0 to 1 after half of the stream: rounding to nearest would stand still long before."""

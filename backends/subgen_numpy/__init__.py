@@ -8,8 +8,9 @@ from __future__ import annotations
 from subgen.backends import Backend
 
 from ._attention import weighted_attention
+from ._tail import write
 from ._threefry import threefry2x32
 
 __all__ = ["BACKEND"]
 
-BACKEND = Backend("numpy", {"threefry2x32": threefry2x32, "weighted_attention": weighted_attention})
+BACKEND = Backend("numpy", {"threefry2x32": threefry2x32, "weighted_attention": weighted_attention, "write": write})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from . import backends, theory
+from .budget import Power
 from .exact import attention
 from .sketch import AttentionSketch
 
-__all__ = ["AttentionSketch", "attention", "backends", "theory"]
+__all__ = ["AttentionSketch", "Power", "attention", "backends", "theory"]
 
 __version__ = version("subgen-attention")

@@ -13,6 +13,7 @@ __all__ = [
     "array_namespace",
     "chunks",
     "compute_dtype",
+    "itemsize",
     "library_name",
     "nbytes",
     "positions",
@@ -48,11 +49,11 @@ def positions(n: int, like: Array) -> Array:
     return xp.arange(n, dtype=xp.int64, device=like.device)
 
 
-def _itemsize(x: Array) -> int:
-    xp = array_namespace(x)
-    if xp.isdtype(x.dtype, "bool"):
+def itemsize(dtype: Any, xp: Namespace) -> int:
+    """Bytes of a number of a dtype."""
+    if xp.isdtype(dtype, "bool"):
         return 1
-    info = xp.finfo(x.dtype) if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype)
+    info = xp.finfo(dtype) if xp.isdtype(dtype, "real floating") else xp.iinfo(dtype)
     return int(info.bits) // 8
 
 
@@ -65,7 +66,7 @@ def nbytes(state: Any) -> int:
             size = 1
             for length in value.shape:
                 size *= int(length)
-            total += size * _itemsize(value)
+            total += size * itemsize(value.dtype, array_namespace(value))
         elif hasattr(value, "__dataclass_fields__"):
             total += nbytes(value)
     return total

@@ -11,7 +11,9 @@ from ._array import Array, Namespace, array_namespace, library_name
 __all__ = [
     "check_alike",
     "check_block",
+    "check_choice",
     "check_finite",
+    "check_flag",
     "check_groups",
     "check_integer",
     "check_real",
@@ -49,6 +51,20 @@ def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int | Non
 def check_seed(seed: Any) -> int:
     """Return a seed in ``[0, 2**64)``."""
     return check_integer("seed", seed, minimum=0, maximum=2**64 - 1)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return a bool; nothing that merely counts as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
@@ -117,8 +133,8 @@ def check_finite(name: str, x: Array) -> None:
         )
 
 
-def check_block(keys: Any, values: Any) -> None:
-    """Check a block of pairs: ``(..., n, head_dim)`` and ``(..., n, value_dim)``, alike and finite."""
+def check_block(keys: Any, values: Any, *, finite: bool = True) -> None:
+    """Check a block of pairs: ``(..., n, head_dim)`` and ``(..., n, value_dim)``, alike and, if asked, finite."""
     _check_array("keys", keys)
     _check_array("values", values)
     check_alike("values", values, "keys", keys)
@@ -127,11 +143,14 @@ def check_block(keys: Any, values: Any) -> None:
             f"keys and values must agree in every axis but the last: got {tuple(keys.shape)} and "
             f"{tuple(values.shape)}; expected (..., kv_heads, n, head_dim) and (..., kv_heads, n, value_dim)"
         )
-    check_finite("keys", keys)
-    check_finite("values", values)
+    if finite:
+        check_finite("keys", keys)
+        check_finite("values", values)
 
 
-def check_groups(queries: Any, keys: Any, name: str = "keys", keys_shape: tuple[int, ...] | None = None) -> None:
+def check_groups(
+    queries: Any, keys: Any, name: str = "keys", keys_shape: tuple[int, ...] | None = None, *, finite: bool = True
+) -> None:
     """Check that queries fit keys: same streams and head_dim, heads a multiple of the key-value heads."""
     _check_array("queries", queries)
     check_alike("queries", queries, name, keys)
@@ -149,4 +168,5 @@ def check_groups(queries: Any, keys: Any, name: str = "keys", keys_shape: tuple[
             f"the number of query heads must be a multiple of the key-value heads: got {shape[-3]} query heads "
             f"(shape {shape}) for {key_shape[-3]} key-value heads (shape {key_shape})"
         )
-    check_finite("queries", queries)
+    if finite:
+        check_finite("queries", queries)

@@ -25,7 +25,7 @@ same signature, discrete results (assignments, counts, random bits) equal to the
 numbers equal within the rounding of float32. To try one without packaging it, call `register`.
 
 An operation gets arrays of your library only, already checked, and gives new arrays; it must not write into its
-arguments. There is no global "current backend" and no environment variable: the array decides.
+arguments, `write` excepted. There is no global "current backend" and no environment variable: the array decides.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from typing import Any
 from ._array import Array, array_namespace, library_name
 from .clustering import assign_leaders
 from .counter import threefry2x32
+from .mass import sketch_attention
+from .merging import merge_closest
+from .tail import write
 from .weighted import weighted_attention
 
 __all__ = ["PORTABLE", "Backend", "BackendError", "Operations", "get", "names", "operations_for", "register"]
@@ -53,6 +56,9 @@ class Operations:
     threefry2x32: Callable[..., tuple[Array, Array]] = threefry2x32
     assign_leaders: Callable[..., Any] = assign_leaders
     weighted_attention: Callable[..., tuple[Array, Array]] = weighted_attention
+    sketch_attention: Callable[..., tuple[Array, Array]] = sketch_attention
+    merge_closest: Callable[..., tuple[Any, Array]] = merge_closest
+    write: Callable[..., Array] = write
 
 
 #: The operations a backend may replace, and the portable function behind each.

@@ -18,6 +18,7 @@ from ._array import chunks, nbytes
 from ._checks import check_integer, check_real, check_scale, check_seed
 from .backends import operations_for
 from .baselines import RIVALS, Compress, Prefix, exact
+from .budget import Fixed
 from .files import Capture
 from .means import ClusterMeans, MeansState
 from .report import relative_error
@@ -69,10 +70,13 @@ def default_sketch(prefix: Prefix, budget: int, rng: np.random.Generator) -> _St
             f"a budget of {budget} pairs leaves no cluster beside {prefix.sinks} sinks and a window of {prefix.window}"
         )
     method = ClusterMeans(
-        max_clusters=max(clusters, 1),
+        budget=Fixed(max(clusters, 1)),
+        delta=None,
         window=check_integer("window", prefix.window, minimum=2),
         sink=prefix.sinks,
         scale=prefix.scale,
+        storage="input",
+        residual_samples=0,
         seed=int(rng.integers(2**32)),
     )
     ops = operations_for(prefix.keys)

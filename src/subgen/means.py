@@ -1,18 +1,19 @@
-"""The default sketch: exact sinks and recent tokens, and clusters merged to means, in fixed memory.
+"""The default sketch: exact sinks and recent tokens, and clusters merged to means.
 
 Data flow::
 
     tokens -> sinks (the first few, exact)
-           -> ring (the last `window`, exact, each with one of its queries)
+           -> window (the last ones, exact, each with one of its queries)
                   | full: the oldest half leaves
                   v
-              clusters of one token  ->  closest pairs merge until `max_clusters` are left
-                                         (distance and importance from the queries in the ring)
+              clusters of one token  ->  closest pairs merge until the budget is met
+                                         (distance and importance from the queries in the window)
+              or, with delta, tokens  ->  join the cluster of a leader within delta, or open one
 
-A cluster enters attention as one pair, its mean key and mean value, with the log-weight of `log_weights`. A cluster of
-one is its token, exactly: rare tokens survive untouched and the crowd is merged.
+A cluster enters attention as one pair, its mean key and mean value, with the log-weight of `subgen.mass.log_weights`.
+A cluster of one is its token, exactly: rare tokens survive untouched and the crowd is merged.
 
-Everything that decides is computed when the ring is full, from the same arrays whatever the cut of the stream, so
+Everything that decides is computed when the window is full, from the same arrays whatever the cut of the stream, so
 the state does not depend on how calls were cut.
 """
 
@@ -20,25 +21,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from ._array import Array, array_namespace, chunks, compute_dtype, positions
+from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
 from .backends import Operations
-from .merging import Means, band_means, bands, compact, join, merge_closest
-from .rounding import round_to
-from .weighted import causal_bias, join_rows, merge_attention
+from .budget import Budget, Footprint
+from .clustering import room_for
+from .counter import stream_key
+from .leaders import join_leaders
+from .merging import Means, bands, join, n_live
+from .metric import attention_received, isotropic_moment, second_moment
+from .residual import Residual, correct, empty_residual, sample_tokens
+from .rounding import Codes, dequantize, dither, quantize, round_to
+from .tail import Tail
+from .weighted import join_rows, merge_attention
 
-__all__ = ["ClusterMeans", "MeansState", "log_weights"]
+__all__ = ["ClusterMeans", "MeansState", "Storage"]
+
+Storage = Literal["input", "int8"]
 
 # Logits held at once (numbers, not bytes).
 _LOGITS_AT_ONCE = 1 << 22
-# Added to the second moment of the queries, in units of its mean eigenvalue: a few dozen queries tell little about most
-# directions, so the metric leans towards one that treats all alike (docs/experiments.md).
-_RIDGE = 0.3
 # Weight of a squared distance of values, in units of their typical norm, beside one of logits: keys that were merged
 # wrongly are mended by the spread, values are not.
 _VALUE_WEIGHT = 2.0
 # Attention a token is taken to have received at least, as a share of uniform attention.
 _LEAST_ATTENTION = 1e-3
+# What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
+_KEYS, _VALUES, _SPREAD, _IMPORTANCE, _RESIDUAL = 3, 4, 5, 6, 7
 
 
 @dataclass(frozen=True)
@@ -47,63 +57,49 @@ class MeansState:
 
     Attributes
     ----------
-    sink_keys, sink_values : array, shape (streams, up to sink, dim)
-        The first tokens.
-    ring_keys, ring_values : array, shape (streams, up to window, dim)
-        The most recent tokens.
-    ring_queries : array, shape (streams, up to window, head_dim)
-        One query of each token in the ring, scaled; the query heads of a group take turns.
-    ring_has_query : bool array, shape (up to window,)
-        Whether the token came with queries.
-    keys, values, counts, spread, importance : array, shape (streams, clusters, ...)
-        The clusters, see `subgen.merging.Means`. Keys and values in the dtype of the input.
+    keys, values : array, shape (streams, clusters + sink + window, dim)
+        Means of the clusters, then the exact tokens in their order, then room; in the dtype of the input. With
+        ``storage="int8"`` no means.
+    n_exact : int
+        Exact tokens: sinks first, then the window.
     n_seen : int
         Tokens so far.
+    counts : int32 array, shape (streams, clusters)
+    spread, importance : array, shape (streams, clusters, bands) and (streams, clusters)
+        See `subgen.merging.Means`; in the dtype of the input.
+    key_codes, value_codes : Codes or None
+        The means, with ``storage="int8"``.
+    leaders : array, shape (streams, clusters, head_dim), or None
+        See `subgen.leaders`; with ``delta``.
+    queries : Codes, of shape (streams, window, head_dim)
+        One query of each token in the window, scaled; the query heads of a group take turns.
+    asked : tuple of bool
+        Whether each token in the window came with queries.
+    residual : Residual or None
+        See `subgen.residual`.
+    tail : Tail
+        Who may write into the room.
     """
 
-    sink_keys: Array
-    sink_values: Array
-    ring_keys: Array
-    ring_values: Array
-    ring_queries: Array
-    ring_has_query: Array
     keys: Array
     values: Array
+    n_exact: int
+    n_seen: int
     counts: Array
     spread: Array
     importance: Array
-    n_seen: int
+    key_codes: Codes | None
+    value_codes: Codes | None
+    leaders: Array | None
+    queries: Codes
+    asked: tuple[bool, ...]
+    residual: Residual | None
+    tail: Tail
 
-
-def log_weights(rows: Array, counts: Array, spread: Array) -> Array:
-    """Log-weight of each cluster for each query: ``log n + min(variance / 2, log n)``.
-
-    By Jensen's inequality a cluster has more mass than ``n e^<q, mean>``. To second order the missing factor is
-    ``e^(Var<q,k> / 2)``. The variance of the members' logits is taken from their spread, which is told apart by bands
-    of coordinates: ``sum over bands of spread |q_band|^2``. Far from the mean the second order overshoots; stopping it
-    at a factor of n won in trials over fixed limits (docs/experiments.md).
-
-    Parameters
-    ----------
-    rows : array, shape (streams, m, head_dim)
-        Scaled queries.
-    counts : array, shape (streams, clusters)
-    spread : array, shape (streams, clusters, bands)
-
-    Returns
-    -------
-    array, shape (streams, m, clusters)
-        ``-inf`` where a place is free.
-    """
-    xp = array_namespace(rows)
-    counts = xp.astype(counts, rows.dtype, copy=False)
-    spread = xp.astype(spread, rows.dtype, copy=False)
-    live = counts > 0
-    log_counts = xp.log(xp.where(live, counts, xp.ones_like(counts)))[:, None, :]
-    energy = band_means(rows * rows) * (rows.shape[-1] / spread.shape[-1])
-    half = 0.5 * xp.matmul(energy, xp.matrix_transpose(spread))
-    weights = log_counts + xp.where(half < log_counts, half, xp.broadcast_to(log_counts, half.shape))
-    return xp.where(live[:, None, :], weights, xp.full_like(weights, -math.inf))
+    @property
+    def n_means(self) -> int:
+        """Places of clusters in ``keys`` and ``values``."""
+        return 0 if self.key_codes is not None else int(self.counts.shape[1])
 
 
 @dataclass(frozen=True)
@@ -112,47 +108,87 @@ class ClusterMeans:
 
     Parameters
     ----------
-    max_clusters : int
+    budget : Budget or None
+        Clusters held; ``None`` if only ``delta`` bounds them.
+    delta : float or None
+        Radius of a cluster, in the units of the keys; ``None`` merges closest pairs.
     window : int
         Most recent tokens kept exactly: between half of this and all of it.
     sink : int
         First tokens kept exactly.
     scale : float or None
         Factor of the logits; ``None`` means ``head_dim ** -0.5``.
+    storage : {"input", "int8"}
+        What means are held in: the dtype of the input, or 8 bits.
+    residual_samples : int
+        Slots of the corrected estimator.
     seed : int
         In ``[0, 2**64)``.
     """
 
-    max_clusters: int
+    budget: Budget | None
+    delta: float | None
     window: int
     sink: int
     scale: float | None
+    storage: Storage
+    residual_samples: int
     seed: int
 
     @property
     def block(self) -> int:
-        """Tokens that leave a full ring at once."""
+        """Tokens that leave a full window at once."""
         return max(1, self.window // 2)
 
+    def footprint(self, keys: Array, values: Array) -> Footprint:
+        """Count the bytes of streams like ``(streams, n, head_dim)`` and ``(streams, n, value_dim)``."""
+        xp = array_namespace(keys)
+        d, e = keys.shape[-1], values.shape[-1]
+        size = itemsize(keys.dtype, xp)
+        pair = size * (d + e)
+        mean = d + e + 2 * size if self.storage == "int8" else pair
+        wide = itemsize(compute_dtype(keys), xp)
+        return Footprint(
+            streams=keys.shape[0],
+            pair=pair,
+            cluster=mean + 4 + size * (bands(d) + 1) + (0 if self.delta is None else size * d),
+            fixed=pair * (self.sink + self.window) + (d + wide) * self.window + self.residual_samples * (pair + 4 + 8),
+            window=self.window,
+        )
+
     def init(self, keys: Array, values: Array) -> MeansState:
-        """Return the empty state for streams like ``(streams, n, head_dim)`` and ``(streams, n, value_dim)``."""
+        """Return the empty state for streams like ``(streams, n, head_dim)`` and ``(streams, n, value_dim)``.
+
+        Raises
+        ------
+        ValueError
+            If the budget holds no cluster of this shape and dtype.
+        """
+        if self.budget is not None:
+            self.budget.clusters(0, self.footprint(keys, values))
         xp = array_namespace(keys)
         wide = compute_dtype(keys)
-        scalars = xp.zeros((keys.shape[0], 0), dtype=wide, device=keys.device)
-        no_keys, no_values = keys[:, :0, :], values[:, :0, :]
+        streams, d, e = keys.shape[0], keys.shape[-1], values.shape[-1]
+
+        def zeros(*shape: int, dtype: object = keys.dtype) -> Array:
+            return xp.zeros((streams, *shape), dtype=dtype, device=keys.device)
+
+        coded = self.storage == "int8"
         return MeansState(
-            sink_keys=no_keys,
-            sink_values=no_values,
-            ring_keys=no_keys,
-            ring_values=no_values,
-            ring_queries=no_keys,
-            ring_has_query=xp.zeros((0,), dtype=xp.bool, device=keys.device),
-            keys=no_keys,
-            values=no_values,
-            counts=scalars,
-            spread=xp.zeros((keys.shape[0], 0, bands(keys.shape[-1])), dtype=wide, device=keys.device),
-            importance=scalars,
+            keys=zeros(self.sink + self.window, d),
+            values=zeros(self.sink + self.window, e),
+            n_exact=0,
             n_seen=0,
+            counts=zeros(0, dtype=xp.int32),
+            spread=zeros(0, bands(d)),
+            importance=zeros(0),
+            key_codes=Codes(zeros(0, d, dtype=xp.int8), zeros(0)) if coded else None,
+            value_codes=Codes(zeros(0, e, dtype=xp.int8), zeros(0)) if coded else None,
+            leaders=None if self.delta is None else zeros(0, d),
+            queries=Codes(zeros(self.window, d, dtype=xp.int8), zeros(self.window, dtype=wide)),
+            asked=(),
+            residual=empty_residual(keys, values, self.residual_samples) if self.residual_samples else None,
+            tail=Tail(0),
         )
 
     def n_clusters(self, state: MeansState) -> Array:
@@ -163,216 +199,259 @@ class ClusterMeans:
     def update(
         self, state: MeansState, keys: Array, values: Array, rows: Array | None, heads: Array, ops: Operations
     ) -> MeansState:
-        """Absorb tokens.
-
-        Parameters
-        ----------
-        state : MeansState
-        keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
-        rows : array, shape (streams, group, n, head_dim), or None
-            Scaled queries of the tokens.
-        heads : int64 array, shape (streams,)
-            Unused: nothing here is drawn by head.
-        ops : Operations
-
-        Returns
-        -------
-        MeansState
-        """
+        """Absorb tokens; see `subgen.method.Method.update`."""
         start, n = 0, keys.shape[1]
         while start < n:
-            state, part = self._take(state, keys, values, rows, start, ops)
+            state, part = self._take(state, keys, values, rows, start, heads, ops)
             start = part.stop
         return state
 
     def step(
         self, state: MeansState, rows: Array, keys: Array, values: Array, heads: Array, ops: Operations
     ) -> tuple[MeansState, Array]:
-        """Absorb tokens and answer each of them: as `update` and `attend` would, token by token.
-
-        Parameters
-        ----------
-        state, rows, keys, values, heads, ops
-            As in `update`.
-
-        Returns
-        -------
-        state : MeansState
-        outputs : array, shape (streams, group, n, value_dim)
-        """
+        """Absorb tokens and answer each of them; see `subgen.method.Method.step`."""
         xp = array_namespace(keys)
         streams, group, n, head_dim = rows.shape
         outputs, start = [], 0
         while start < n:
-            state, part = self._take(state, keys, values, rows, start, ops)
+            state, part = self._take(state, keys, values, rows, start, heads, ops)
             size = part.stop - part.start
             piece = xp.reshape(rows[:, :, part, :], (streams, group * size, head_dim))
-            seen = state.sink_keys.shape[1] + state.ring_keys.shape[1]
-            output, _ = _answer(state, piece, causal_bias(size, seen, group, piece), ops)
+            output, _ = _answer(state, piece, size, ops)
             outputs.append(xp.reshape(output, (streams, group, size, output.shape[-1])))
             start = part.stop
         return state, outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)
 
     def attend(self, state: MeansState, rows: Array, ops: Operations) -> tuple[Array, Array]:
-        """Answer queries from the state.
+        """Answer queries from the state; see `subgen.method.Method.attend`."""
+        pairs = state.n_exact + state.counts.shape[1]
+        size = max(1, _LOGITS_AT_ONCE // (rows.shape[0] * pairs))
+        if rows.shape[1] <= size:
+            return _answer(state, rows, 0, ops)
+        return join_rows([_answer(state, rows[:, part, :], 0, ops) for part in chunks(rows.shape[1], size)])
 
-        Parameters
-        ----------
-        state : MeansState
-        rows : array, shape (streams, m, head_dim)
-            Scaled.
-        ops : Operations
+    def attend_with_error(self, state: MeansState, rows: Array, ops: Operations) -> tuple[Array, Array, Array]:
+        """Answer queries by the corrected estimator; see `subgen.residual.correct`.
 
         Returns
         -------
-        outputs : array, shape (streams, m, value_dim)
+        outputs, error : array, shape (streams, m, value_dim)
         logsumexp : array, shape (streams, m)
         """
         xp = array_namespace(rows)
-        exact = state.sink_keys.shape[1] + state.ring_keys.shape[1]
-        nothing = xp.zeros((1, 1, exact), dtype=rows.dtype, device=rows.device)
-        size = max(1, _LOGITS_AT_ONCE // (rows.shape[0] * (exact + state.keys.shape[1])))
-        pieces = [_answer(state, rows[:, part, :], nothing, ops) for part in chunks(rows.shape[1], size)]
-        return join_rows(pieces)
+        residual = state.residual
+        if residual is None:
+            raise ValueError("this sketch keeps no residual sample")
+        means = self._means(state, rows.dtype)
+        numbers = rows.shape[0] * residual.keys.shape[1] * state.values.shape[-1]
+        absorbed = state.n_seen - state.n_exact
+        pieces = []
+        for part in chunks(rows.shape[1], max(1, _LOGITS_AT_ONCE // numbers)):
+            output, logsumexp = _answer(state, rows[:, part, :], 0, ops)
+            if absorbed:
+                pieces.append(correct(rows[:, part, :], output, logsumexp, means, residual, absorbed))
+            else:
+                pieces.append((output, xp.zeros_like(output), logsumexp))
+        return tuple(xp.concat([piece[i] for piece in pieces], axis=1) for i in range(3))
 
     def _take(
-        self, state: MeansState, keys: Array, values: Array, rows: Array | None, start: int, ops: Operations
+        self,
+        state: MeansState,
+        keys: Array,
+        values: Array,
+        rows: Array | None,
+        start: int,
+        heads: Array,
+        ops: Operations,
     ) -> tuple[MeansState, slice]:
         """Take as many tokens as fit, making room first; return them as a slice."""
-        xp = array_namespace(keys)
-        n = keys.shape[1]
-        room = self.sink - state.sink_keys.shape[1]
-        if room > 0:
-            part = slice(start, min(n, start + room))
-            return replace(
-                state,
-                sink_keys=xp.concat([state.sink_keys, keys[:, part, :]], axis=1),
-                sink_values=xp.concat([state.sink_values, values[:, part, :]], axis=1),
-                n_seen=state.n_seen + part.stop - start,
-            ), part
-        # Room is made when the next token comes, not when the ring fills: whatever the cut, at the same token.
-        if state.ring_keys.shape[1] == self.window:
-            state = self._absorb(state, ops)
-        part = slice(start, min(n, start + self.window - state.ring_keys.shape[1]))
-        size = part.stop - start
-        if rows is None:
-            queries = xp.zeros_like(keys[:, part, :])
-        else:
-            turn = (positions(size, keys) + state.n_seen) % rows.shape[1]
-            queries = xp.take_along_axis(rows[:, :, part, :], turn[None, None, :, None], axis=1)[:, 0, :, :]
-            queries = xp.astype(queries, keys.dtype, copy=False)
-        told = xp.full((size,), rows is not None, dtype=xp.bool, device=keys.device)
+        # Room is made when the next token comes, not when the window fills: whatever the cut, at the same token.
+        if state.n_exact == self.sink + self.window:
+            state = self._absorb(state, heads, ops)
+        filled = state.n_exact
+        size = min(keys.shape[1] - start, self.sink + self.window - filled)
+        part = slice(start, start + size)
+        if state.tail.filled != filled:
+            state = _own_copy(state)
+        place = state.n_means + filled
+        new_keys = ops.write(state.keys, place, keys[:, part, :])
+        new_values = ops.write(state.values, place, values[:, part, :])
+        queries, asked = state.queries, state.asked
+        skip = max(0, self.sink - filled)  # sinks, which keep no query
+        if size > skip:
+            asked = asked + (rows is not None,) * (size - skip)
+            if rows is not None:
+                mine = rows[:, :, start + skip : part.stop, :]
+                turn = (positions(size - skip, keys) + (state.n_seen + skip)) % rows.shape[1]
+                mine = mine[:, 0, :, :] if rows.shape[1] == 1 else _turns(mine, turn)
+                codes = quantize(mine, state.queries.scales.dtype)
+                queries = Codes(
+                    ops.write(queries.codes, filled + skip - self.sink, codes.codes),
+                    ops.write(queries.scales, filled + skip - self.sink, codes.scales),
+                )
+        state.tail.filled = filled + size
         return replace(
             state,
-            ring_keys=xp.concat([state.ring_keys, keys[:, part, :]], axis=1),
-            ring_values=xp.concat([state.ring_values, values[:, part, :]], axis=1),
-            ring_queries=xp.concat([state.ring_queries, queries], axis=1),
-            ring_has_query=xp.concat([state.ring_has_query, told]),
+            keys=new_keys,
+            values=new_values,
+            n_exact=filled + size,
             n_seen=state.n_seen + size,
+            queries=queries,
+            asked=asked,
         ), part
 
-    def _absorb(self, state: MeansState, ops: Operations) -> MeansState:
-        """Move the oldest half of a full ring into the clusters."""
-        xp = array_namespace(state.ring_keys)
-        wide = compute_dtype(state.ring_keys)
-        block = self.block
-        leaving_keys = xp.astype(state.ring_keys[:, :block, :], wide)
-        leaving_values = xp.astype(state.ring_values[:, :block, :], wide)
-        ones = xp.ones(leaving_keys.shape[:2], dtype=wide, device=leaving_keys.device)
-        if bool(xp.any(state.ring_has_query)):
-            importance = xp.sqrt(_attention_received(state, block, ops) + _LEAST_ATTENTION / state.n_seen)
-            metric = _second_moment(state.ring_queries, state.ring_has_query, wide)
+    def _absorb(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
+        """Move the oldest half of a full window into the clusters."""
+        xp = array_namespace(state.keys)
+        dtype, wide = state.keys.dtype, compute_dtype(state.keys)
+        first = state.n_means + self.sink
+        leaves = slice(first, first + self.block)
+        window_keys = xp.astype(state.keys[:, first:, :], wide, copy=False)
+        window_values = xp.astype(state.values[:, first:, :], wide, copy=False)
+        tokens = window_keys[:, : self.block, :]
+        received = None
+        if any(state.asked):
+            asked = xp.asarray(list(state.asked), dtype=xp.bool, device=tokens.device)
+            rows = dequantize(state.queries, wide)
+            rows = xp.where(asked[None, :, None], rows, xp.zeros_like(rows))
+            received = attention_received(rows, asked, _answer(state, rows, self.window, ops)[1], tokens)
+            metric = second_moment(rows, asked)
         else:
-            importance = ones
-            metric = _isotropic(state.ring_keys, self.scale, wide)
-        alone = xp.zeros_like(leaving_keys[:, :, : bands(leaving_keys.shape[-1])])
-        leaving = Means(leaving_keys, leaving_values, ones, alone, importance)
-        held = Means(
-            xp.astype(state.keys, wide, copy=False),
-            xp.astype(state.values, wide, copy=False),
-            state.counts,
-            state.spread,
-            state.importance,
+            metric = isotropic_moment(window_keys, self.scale)
+        leaving = Means(
+            keys=tokens,
+            values=window_values[:, : self.block, :],
+            counts=xp.ones(tokens.shape[:2], dtype=xp.int32, device=tokens.device),
+            spread=xp.zeros((*tokens.shape[:2], bands(tokens.shape[-1])), dtype=wide, device=tokens.device),
+            importance=xp.ones(tokens.shape[:2], dtype=wide, device=tokens.device)
+            if received is None
+            else xp.sqrt(received + _LEAST_ATTENTION / state.n_seen),
+            leaders=None if self.delta is None else state.keys[:, leaves, :],
         )
-        ring_values = xp.astype(state.ring_values, wide, copy=False)
-        norms = xp.sqrt(xp.sum(ring_values * ring_values, axis=-1))
-        value_scale = xp.mean(norms, axis=-1) / math.sqrt(_VALUE_WEIGHT)
-        value_scale = xp.where(value_scale > 0, value_scale, xp.ones_like(value_scale))
-        places = min(self.max_clusters, state.keys.shape[1] + block)
-        merged = merge_closest(join(held, leaving), metric, value_scale, self.max_clusters)
-        merged = compact(merged, places)
+        held = self._means(state, wide)
+        if self.delta is None:
+            pool = join(held, leaving)
+            joined = xp.broadcast_to(
+                positions(self.block, tokens)[None, :] + held.counts.shape[1], leaving.counts.shape
+            )
+        else:
+            pool, joined = join_leaders(held, leaving, self.delta, ops)
+        places = int(pool.counts.shape[1])
+        most = (
+            places
+            if self.budget is None
+            else self.budget.clusters(state.n_seen, self.footprint(state.keys, state.values))
+        )
+        merged, moved = ops.merge_closest(pool, metric, _value_scale(window_values), most, min(places, most))
+        residual = state.residual
+        if residual is not None:
+            key = stream_key(self.seed, _RESIDUAL, heads, ops.threefry2x32)
+            offered = state.n_seen - self.sink - self.window
+            residual = sample_tokens(
+                residual, state.keys[:, leaves, :], state.values[:, leaves, :], joined, moved, offered, key, ops
+            )
+        return self._rebuild(replace(state, residual=residual), merged, dtype, ops)
+
+    def _rebuild(self, state: MeansState, means: Means, dtype: object, ops: Operations) -> MeansState:
+        """Put new clusters in front, and close the gap that the tokens left."""
+        xp = array_namespace(state.keys)
+        if self.delta is not None:
+            room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
+            means = means.each(lambda x: x[:, :room, ...])
+        number, first = state.n_seen, state.n_means + self.sink
+        key_codes, value_codes = state.key_codes, state.value_codes
+        if self.storage == "int8":
+            key_codes = quantize(means.keys, dtype, dither(self.seed, _KEYS, number, ops))
+            value_codes = quantize(means.values, dtype, dither(self.seed, _VALUES, number, ops))
+            fronts: list[list[Array]] = [[], []]
+        else:
+            fronts = [
+                [round_to(means.keys, dtype, dither(self.seed, _KEYS, number, ops))],
+                [round_to(means.values, dtype, dither(self.seed, _VALUES, number, ops))],
+            ]
+
+        def shifted(x: Array, front: list[Array], kept: int) -> Array:
+            """Take the leaving tokens out from before the rest, and leave as much room at the end."""
+            gap = xp.zeros_like(x[:, : self.block, ...])
+            return xp.concat([*front, x[:, kept:first, ...], x[:, first + self.block :, ...], gap], axis=1)
+
+        n_exact = state.n_exact - self.block
+        queries = Codes(
+            *(
+                xp.concat([x[:, self.block :, ...], xp.zeros_like(x[:, : self.block, ...])], axis=1)
+                for x in (state.queries.codes, state.queries.scales)
+            )
+        )
         return replace(
             state,
-            ring_keys=state.ring_keys[:, block:, :],
-            ring_values=state.ring_values[:, block:, :],
-            ring_queries=state.ring_queries[:, block:, :],
-            ring_has_query=state.ring_has_query[block:],
-            keys=round_to(merged.keys, state.keys.dtype, self.seed, state.n_seen, ops),
-            values=round_to(merged.values, state.values.dtype, self.seed, state.n_seen + 1, ops),
-            counts=merged.counts,
-            spread=merged.spread,
-            importance=merged.importance,
+            keys=shifted(state.keys, fronts[0], state.n_means),
+            values=shifted(state.values, fronts[1], state.n_means),
+            n_exact=n_exact,
+            counts=means.counts,
+            spread=round_to(means.spread, dtype, dither(self.seed, _SPREAD, number, ops)),
+            importance=round_to(means.importance, dtype, dither(self.seed, _IMPORTANCE, number, ops)),
+            key_codes=key_codes,
+            value_codes=value_codes,
+            leaders=means.leaders,
+            queries=queries,
+            asked=state.asked[self.block :],
+            tail=Tail(n_exact),
+        )
+
+    def _means(self, state: MeansState, wide: object) -> Means:
+        """Return the clusters in the dtype to compute in."""
+        xp = array_namespace(state.keys)
+        if state.key_codes is None or state.value_codes is None:
+            keys = xp.astype(state.keys[:, : state.n_means, :], wide, copy=False)
+            values = xp.astype(state.values[:, : state.n_means, :], wide, copy=False)
+        else:
+            keys, values = dequantize(state.key_codes, wide), dequantize(state.value_codes, wide)
+        return Means(
+            keys=keys,
+            values=values,
+            counts=state.counts,
+            spread=xp.astype(state.spread, wide, copy=False),
+            importance=xp.astype(state.importance, wide, copy=False),
+            leaders=state.leaders,
         )
 
 
-def _answer(state: MeansState, rows: Array, exact_bias: Array, ops: Operations) -> tuple[Array, Array]:
-    """Outputs and logsumexp over the sinks, the ring and the clusters."""
+def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tuple[Array, Array]:
+    """Outputs and logsumexp over the clusters, the sinks and the window; `causal` as in `sketch_attention`."""
+    used = state.n_means + state.n_exact
+    keys, values = state.keys[:, :used, :], state.values[:, :used, :]
+    weighted = ops.weighted_attention
+    if state.key_codes is None or state.value_codes is None:
+        return ops.sketch_attention(rows, keys, values, state.counts, state.spread, causal, weighted)
+    nothing = state.counts[:, :0]
+    exact = ops.sketch_attention(rows, keys, values, nothing, state.spread[:, :0, :], causal, weighted)
+    if not state.counts.shape[1]:
+        return exact
+    keys, values = dequantize(state.key_codes, rows.dtype), dequantize(state.value_codes, rows.dtype)
+    return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
+
+
+def _own_copy(state: MeansState) -> MeansState:
+    """Copy what is written into: another state has written behind this one."""
+    xp = array_namespace(state.keys)
+    return replace(
+        state,
+        keys=xp.asarray(state.keys, copy=True),
+        values=xp.asarray(state.values, copy=True),
+        queries=Codes(xp.asarray(state.queries.codes, copy=True), xp.asarray(state.queries.scales, copy=True)),
+        tail=Tail(state.n_exact),
+    )
+
+
+def _turns(rows: Array, turn: Array) -> Array:
+    """Take one head of the group for each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
     xp = array_namespace(rows)
-    keys = xp.concat([state.sink_keys, state.ring_keys], axis=1)
-    values = xp.concat([state.sink_values, state.ring_values], axis=1)
-    answer: tuple[Array, Array] = ops.weighted_attention(rows, keys, values, exact_bias)
-    if state.keys.shape[1]:
-        weights = log_weights(rows, state.counts, state.spread)
-        answer = merge_attention(answer, ops.weighted_attention(rows, state.keys, state.values, weights))
-    return answer
+    return xp.take_along_axis(rows, turn[None, None, :, None], axis=1)[:, 0, :, :]
 
 
-def _attention_received(state: MeansState, block: int, ops: Operations) -> Array:
-    """Mean attention that the oldest tokens of the ring received from the queries in it: ``(streams, block)``."""
-    xp = array_namespace(state.ring_keys)
-    wide = compute_dtype(state.ring_keys)
-    rows = xp.astype(state.ring_queries, wide, copy=False)
-    window = rows.shape[1]
-    seen = state.sink_keys.shape[1] + window
-    bias = causal_bias(window, seen, 1, rows)
-    _, total = _answer(state, rows, bias, ops)
-    keys = xp.astype(state.ring_keys[:, :block, :], wide, copy=False)
-    logits = xp.matmul(rows, xp.matrix_transpose(keys))
-    token = positions(window, rows)
-    asks = (token[:, None] >= token[None, :block]) & state.ring_has_query[:, None]
-    # Masked before the exponential: what a query must not see may overflow it.
-    logits = xp.where(asks[None, :, :], logits - total[:, :, None], xp.full_like(logits, -math.inf))
-    received = xp.sum(xp.exp(logits), axis=1)
-    asked = xp.sum(xp.astype(asks, wide), axis=0)
-    return received / xp.where(asked > 0, asked, xp.ones_like(asked))[None, :]
-
-
-def _second_moment(queries: Array, told: Array, wide: object) -> Array:
-    """Second moment of the queries in the ring, with a ridge: ``(streams, head_dim, head_dim)``."""
-    xp = array_namespace(queries)
-    rows = xp.astype(queries, wide, copy=False)  # zeros where a token came without
-    moment = xp.matmul(xp.matrix_transpose(rows), rows) / xp.sum(xp.astype(told, rows.dtype))
-    return moment + _RIDGE * _mean_eigenvalue(moment) * _identity(rows)
-
-
-def _isotropic(keys: Array, scale: float | None, wide: object) -> Array:
-    """Second moment of queries that nobody has shown: as long as the keys, in every direction alike."""
-    xp = array_namespace(keys)
-    rows = xp.astype(keys, wide, copy=False)
-    head_dim = rows.shape[-1]
-    factor = 1.0 / head_dim if scale is None else scale * scale
-    moment = xp.mean(rows * rows, axis=(1, 2), keepdims=True)
-    moment = xp.where(moment > 0, moment, xp.ones_like(moment))
-    return factor * moment * _identity(rows)
-
-
-def _mean_eigenvalue(moment: Array) -> Array:
-    xp = array_namespace(moment)
-    identity = _identity(moment)
-    value = xp.sum(moment * identity, axis=(1, 2), keepdims=True) / moment.shape[-1]
-    return xp.where(value > 0, value, xp.ones_like(value))
-
-
-def _identity(like: Array) -> Array:
-    xp = array_namespace(like)
-    return xp.eye(like.shape[-1], dtype=like.dtype, device=like.device)[None, :, :]
+def _value_scale(values: Array) -> Array:
+    """Unit of a distance of values: their mean norm in the window, by weight."""
+    xp = array_namespace(values)
+    norms = xp.sqrt(xp.sum(values * values, axis=-1))
+    scale = xp.mean(norms, axis=-1) / math.sqrt(_VALUE_WEIGHT)
+    return xp.where(scale > 0, scale, xp.ones_like(scale))

@@ -7,27 +7,30 @@ parallel over pairs and streams, and in trials as good as merging one cheapest p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ._array import Array, array_namespace, positions
 
-__all__ = ["Means", "band_means", "bands", "compact", "join", "merge_closest", "ward_costs"]
+__all__ = ["Means", "band_means", "bands", "join", "merge_closest", "n_live", "ward_costs"]
 
 
 @dataclass(frozen=True)
 class Means:
-    """Clusters as weighted pairs, computed in float32 or float64.
+    """Clusters as weighted pairs, in float32 or float64.
 
     Attributes
     ----------
     keys, values : array, shape (streams, clusters, head_dim) and (streams, clusters, value_dim)
         Means of the members.
-    counts : array, shape (streams, clusters)
-        Number of members, as a float; zero marks a place that is free.
+    counts : int32 array, shape (streams, clusters)
+        Number of members; zero marks a place that is free.
     spread : array, shape (streams, clusters, bands)
         Variance of the members' keys about their mean, averaged over the coordinates of each band; see `bands`.
     importance : array, shape (streams, clusters)
         What merging this cluster costs, see `ward_costs`; adds up in a merge.
+    leaders : array, shape (streams, clusters, head_dim), or None
+        The key that opened each cluster, in the dtype of the input; see `subgen.leaders`.
     """
 
     keys: Array
@@ -35,10 +38,19 @@ class Means:
     counts: Array
     spread: Array
     importance: Array
+    leaders: Array | None = None
 
-    def arrays(self) -> tuple[Array, Array, Array, Array, Array]:
-        """Return the arrays in order."""
-        return self.keys, self.values, self.counts, self.spread, self.importance
+    def each(self, function: Callable[[Array], Array]) -> Means:
+        """Apply a function to every array."""
+        return Means(*(None if x is None else function(x) for x in self._arrays()))
+
+    def with_each(self, other: Means, function: Callable[[Array, Array], Array]) -> Means:
+        """Apply a function to every array and that of another."""
+        pairs = zip(self._arrays(), other._arrays(), strict=True)
+        return Means(*(None if a is None else function(a, b) for a, b in pairs))
+
+    def _arrays(self) -> tuple[Array, ...]:
+        return self.keys, self.values, self.counts, self.spread, self.importance, self.leaders
 
 
 def bands(head_dim: int) -> int:
@@ -59,8 +71,13 @@ def band_means(x: Array) -> Array:
 def join(first: Means, second: Means) -> Means:
     """Put the clusters of one behind those of the other."""
     xp = array_namespace(first.keys)
-    pairs = zip(first.arrays(), second.arrays(), strict=True)
-    return Means(*(xp.concat([a, b], axis=1) for a, b in pairs))
+    return first.with_each(second, lambda a, b: xp.concat([a, b], axis=1))
+
+
+def n_live(means: Means) -> Array:
+    """Count the clusters: int64, shape (streams,)."""
+    xp = array_namespace(means.counts)
+    return xp.sum(xp.astype(means.counts > 0, xp.int64), axis=-1)
 
 
 def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
@@ -85,7 +102,8 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
     xp = array_namespace(means.keys)
     live = means.counts > 0
     # Differences are all that matters: without the common offset, float32 keeps the digits.
-    weight = means.counts / xp.sum(means.counts, axis=-1, keepdims=True)
+    weight = xp.astype(means.counts, means.keys.dtype)
+    weight = weight / xp.sum(weight, axis=-1, keepdims=True)
     keys = means.keys - xp.sum(means.keys * weight[:, :, None], axis=1, keepdims=True)
     mapped = keys if metric is None else xp.matmul(keys, metric)
     values = means.values / value_scale[:, None, None]
@@ -103,7 +121,9 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
     return xp.where(possible, costs, xp.full_like(costs, math.inf))
 
 
-def merge_closest(means: Means, metric: Array | None, value_scale: Array, most: int) -> Means:
+def merge_closest(
+    means: Means, metric: Array | None, value_scale: Array, most: int, places: int
+) -> tuple[Means, Array]:
     """Merge closest pairs until at most a number of clusters is left in every stream.
 
     Parameters
@@ -113,23 +133,29 @@ def merge_closest(means: Means, metric: Array | None, value_scale: Array, most: 
         As in `ward_costs`.
     most : int
         At least 1.
+    places : int
+        Places of the result; at least as many as clusters are left.
 
     Returns
     -------
-    Means
-        With as many places as before; `compact` closes the gaps.
+    means : Means
+        The clusters first, in their order, and free places behind them.
+    moved : int64 array, shape (streams, places before)
+        The new place of each cluster that was given.
     """
+    xp = array_namespace(means.keys)
+    moved = xp.broadcast_to(positions(means.counts.shape[1], means.keys)[None, :], means.counts.shape)
     while True:
-        surplus = _live(means) - most
-        xp = array_namespace(surplus)
+        surplus = n_live(means)[:, None] - most
         if not bool(xp.any(surplus > 0)):
-            return means
-        means = _merge(means, *_match(ward_costs(means, metric, value_scale), surplus))
-
-
-def _live(means: Means) -> Array:
-    xp = array_namespace(means.counts)
-    return xp.sum(xp.astype(means.counts > 0, xp.int64), axis=-1, keepdims=True)
+            break
+        partner, keeps, goes = _match(ward_costs(means, metric, value_scale), surplus)
+        means = _merge(means, partner, keeps, goes)
+        target = xp.where(goes, partner, positions(partner.shape[1], partner)[None, :])
+        moved = xp.take_along_axis(target, moved, axis=1)
+    order = xp.argsort(xp.astype(means.counts <= 0, xp.int8), axis=-1, stable=True)
+    moved = xp.take_along_axis(xp.argsort(order, axis=-1, stable=True), moved, axis=1)
+    return means.each(lambda x: _pick(x, order[:, :places])), moved
 
 
 def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array]:
@@ -177,33 +203,26 @@ def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array]:
 def _merge(means: Means, partner: Array, keeps: Array, goes: Array) -> Means:
     """Merge every cluster that ``keeps`` with its partner; free the places of those that ``goes``."""
     xp = array_namespace(means.keys)
-
-    def other(x: Array) -> Array:
-        return xp.take_along_axis(x, partner if x.ndim == 2 else partner[:, :, None], axis=1)
-
-    keys, values, counts, spread, importance = means.arrays()
-    added = xp.where(keeps, other(counts), xp.zeros_like(counts))
+    counts = means.counts
+    added = xp.where(keeps, _pick(counts, partner), xp.zeros_like(counts))
     total = counts + added
-    share = added / xp.where(total > 0, total, xp.ones_like(total))
-    difference = other(keys) - keys
+    wide = means.keys.dtype
+    share = xp.astype(added, wide) / xp.astype(xp.where(total > 0, total, xp.ones_like(total)), wide)
+    difference = _pick(means.keys, partner) - means.keys
     apart = band_means(difference * difference)
-    still = xp.zeros_like(counts)
     return Means(
-        keys=keys + difference * share[:, :, None],
-        values=values + (other(values) - values) * share[:, :, None],
-        counts=xp.where(goes, still, total),
+        keys=means.keys + difference * share[:, :, None],
+        values=means.values + (_pick(means.values, partner) - means.values) * share[:, :, None],
+        counts=xp.where(goes, xp.zeros_like(counts), total),
         # The parallel-axis rule.
-        spread=spread + share[:, :, None] * (other(spread) - spread + (1.0 - share)[:, :, None] * apart),
-        importance=xp.where(keeps, importance + other(importance), importance),
+        spread=means.spread
+        + share[:, :, None] * (_pick(means.spread, partner) - means.spread + (1.0 - share)[:, :, None] * apart),
+        importance=xp.where(keeps, means.importance + _pick(means.importance, partner), means.importance),
+        leaders=means.leaders,
     )
 
 
-def compact(means: Means, places: int) -> Means:
-    """Move the live clusters to the front, in their order, and keep a number of places."""
-    xp = array_namespace(means.keys)
-    order = xp.argsort(xp.astype(means.counts <= 0, xp.int8), axis=-1, stable=True)[:, :places]
-
-    def pick(x: Array) -> Array:
-        return xp.take_along_axis(x, order if x.ndim == 2 else order[:, :, None], axis=1)
-
-    return Means(*(pick(x) for x in means.arrays()))
+def _pick(x: Array, places: Array) -> Array:
+    """Take places of each stream: ``(streams, clusters, ...)`` by int64 ``(streams, m)``."""
+    xp = array_namespace(x)
+    return xp.take_along_axis(x, places if x.ndim == 2 else places[:, :, None], axis=1)

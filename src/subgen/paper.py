@@ -95,22 +95,7 @@ class Paper:
     def update(
         self, state: PaperState, keys: Array, values: Array, rows: Array | None, heads: Array, ops: Operations
     ) -> PaperState:
-        """Absorb tokens.
-
-        Parameters
-        ----------
-        state : PaperState
-        keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
-        rows : array or None
-            Scaled queries, unused: the paper's clusters do not look at them.
-        heads : int64 array, shape (streams,)
-            Index of each stream along the axis before the tokens.
-        ops : Operations
-
-        Returns
-        -------
-        PaperState
-        """
+        """Absorb tokens; see `subgen.method.Method.update`. The queries are unused."""
         for part in chunks(keys.shape[1], self._block(state, 1)):
             state, _ = self._advance(state, keys[:, part, :], values[:, part, :], heads, ops, None)
         return state
@@ -118,20 +103,7 @@ class Paper:
     def step(
         self, state: PaperState, rows: Array, keys: Array, values: Array, heads: Array, ops: Operations
     ) -> tuple[PaperState, Array]:
-        """Absorb tokens and answer at each of them, as if they came one by one.
-
-        Parameters
-        ----------
-        state, keys, values, heads, ops
-            As in `update`.
-        rows : array, shape (streams, group, n, head_dim)
-            Scaled queries of the query heads that share a stream; query i is answered after token i.
-
-        Returns
-        -------
-        state : PaperState
-        outputs : array, shape (streams, group, n, value_dim)
-        """
+        """Absorb tokens and answer each of them; see `subgen.method.Method.step`."""
         xp = array_namespace(keys)
         outputs, start, n = [], 0, keys.shape[1]
         while start < n:
@@ -142,21 +114,7 @@ class Paper:
         return state, xp.concat(outputs, axis=2)
 
     def attend(self, state: PaperState, rows: Array, ops: Operations) -> tuple[Array, Array]:
-        """Answer queries from the state.
-
-        Parameters
-        ----------
-        state : PaperState
-        rows : array, shape (streams, m, head_dim)
-            Scaled.
-        ops : Operations
-
-        Returns
-        -------
-        outputs : array, shape (streams, m, value_dim)
-        logsumexp : array, shape (streams, m)
-            The logarithm of tau.
-        """
+        """Answer queries from the state; see `subgen.method.Method.attend`. The logsumexp is that of tau."""
         xp = array_namespace(rows)
         clusters, reservoir = state.clusters, state.reservoir
         log_counts = _log(xp.astype(clusters.counts, rows.dtype)) - math.log(self.t)

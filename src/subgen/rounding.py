@@ -1,4 +1,4 @@
-"""Rounding means to 16 bits so that they do not stall.
+"""Rounding means to 16 or 8 bits so that they do not stall.
 
 A token moves the mean of n others by about 1/n; once that is below half a unit of the last place, rounding to nearest
 loses it every time, and the mean stands still. Dithered by one such unit, the rounding is right on average.
@@ -6,51 +6,123 @@ loses it every time, and the mean stands still. Dithered by one such unit, the r
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from ._array import Array, array_namespace, positions
 from .backends import Operations
 from .counter import DRAW_BITS, draws, stream_key
 
-__all__ = ["round_to"]
+__all__ = ["Codes", "Dither", "dequantize", "dither", "quantize", "round_to"]
 
-_PURPOSE = 3
 # The golden ratio: its multiples, modulo 1, are spread evenly.
 _GOLDEN = 0.6180339887498949
+# Codes this near to an integer are that integer: what was read from codes goes back to the same.
+_SNAP = 2.0**-10
+
+#: Gives numbers in [0, 1) of the shape of an array but for its first axis, of length 1.
+Dither = Callable[[Array], Array]
 
 
-def round_to(x: Array, dtype: object, seed: int, number: int, ops: Operations) -> Array:
+def dither(seed: int, purpose: int, number: int, ops: Operations) -> Dither:
+    """Draw the dither of one rounding: a function of its arguments, shared by the streams, shifted by the element."""
+
+    def uniform(x: Array) -> Array:
+        xp = array_namespace(x)
+        zero = xp.zeros((1,), dtype=xp.int64, device=x.device)
+        drawn = draws(stream_key(seed, purpose, zero, ops.threefry2x32), zero, zero + number, ops.threefry2x32)
+        u = xp.astype(positions(math.prod(x.shape[1:]), x), xp.float64) * _GOLDEN
+        u = u + xp.astype(drawn, xp.float64) * 2.0**-DRAW_BITS
+        return xp.reshape(xp.astype(u - xp.floor(u), x.dtype), (1, *x.shape[1:]))
+
+    return uniform
+
+
+def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
     """Round to a dtype: plainly to 32 bits and more, dithered to 16.
 
-    Numbers that the dtype holds exactly stay as they are.
+    Numbers that the dtype holds exactly stay as they are; numbers beyond it become its largest.
+
+    Parameters
+    ----------
+    x : array, shape (streams, ...)
+        float32 or float64.
+    dtype : floating dtype
+    uniform : callable
+        From `dither`.
+
+    Returns
+    -------
+    array, shape (streams, ...)
+    """
+    xp = array_namespace(x)
+    info = xp.finfo(dtype)
+    if info.bits > 16:
+        return xp.astype(x, dtype, copy=False)
+    u = uniform(x)
+    # The unit of the last place: a power of two below |x|, times eps.
+    magnitude = xp.abs(x)
+    smallest = float(info.smallest_normal)
+    exponent = xp.floor(xp.log2(xp.where(magnitude > smallest, magnitude, xp.full_like(magnitude, smallest))))
+    unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * float(info.eps)
+    largest = float(info.max)
+    nearest = xp.astype(xp.clip(x, -largest, largest), dtype)
+    exact = xp.astype(nearest, x.dtype) == x
+    dithered = xp.astype(xp.clip(x + (u - 0.5) * unit, -largest, largest), dtype)
+    return xp.where(exact, nearest, dithered)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Vectors in 8 bits, each with one scale.
+
+    Attributes
+    ----------
+    codes : int8 array, shape (streams, n, dim)
+        -127 to 127.
+    scales : array, shape (streams, n)
+    """
+
+    codes: Array
+    scales: Array
+
+
+def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
+    """Round vectors to 8 bits, to nearest or dithered.
+
+    What `dequantize` gave goes back to the same codes.
 
     Parameters
     ----------
     x : array, shape (streams, n, dim)
         float32 or float64.
     dtype : floating dtype
-    seed, number : int
-        What the dither is drawn from; streams and elements share one draw, shifted by the element.
-    ops : Operations
+        Of the scales.
+    uniform : callable, optional
+        From `dither`; ``None`` rounds to nearest.
 
     Returns
     -------
-    array, shape (streams, n, dim)
+    Codes
     """
     xp = array_namespace(x)
-    info = xp.finfo(dtype)
-    if info.bits > 16:
-        return xp.astype(x, dtype, copy=False)
-    size = x.shape[1] * x.shape[2]
-    zero = xp.zeros((1,), dtype=xp.int64, device=x.device)
-    drawn = draws(stream_key(seed, _PURPOSE, zero, ops.threefry2x32), zero, zero + number, ops.threefry2x32)
-    u = xp.astype(positions(size, x), xp.float64) * _GOLDEN + xp.astype(drawn, xp.float64) * 2.0**-DRAW_BITS
-    u = xp.reshape(xp.astype(u - xp.floor(u), x.dtype), (1, *x.shape[1:]))
-    # The unit of the last place: a power of two below |x|, times eps.
     magnitude = xp.abs(x)
-    smallest = float(info.smallest_normal)
-    exponent = xp.floor(xp.log2(xp.where(magnitude > smallest, magnitude, xp.full_like(magnitude, smallest))))
-    unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * float(info.eps)
-    nearest = xp.astype(x, dtype)
-    exact = xp.astype(nearest, x.dtype) == x
-    largest = float(info.max)
-    dithered = xp.astype(xp.clip(x + (u - 0.5) * unit, -largest, largest), dtype)
-    return xp.where(exact, nearest, dithered)
+    peak = xp.max(magnitude, axis=-1, keepdims=True)
+    scales = xp.astype(peak / 127.0, dtype)
+    step = xp.astype(scales, x.dtype)
+    codes = x / xp.where(step > 0, step, xp.ones_like(step))
+    nearest = xp.round(codes)
+    rounded = nearest
+    if uniform is not None:
+        rounded = xp.where(xp.abs(codes - nearest) < _SNAP, nearest, xp.floor(codes + uniform(codes)))
+    # The largest keeps its code, and with it the scale of the next rounding.
+    rounded = xp.where(magnitude == peak, xp.sign(x) * 127.0, rounded)
+    rounded = xp.where(step > 0, xp.clip(rounded, -127.0, 127.0), xp.zeros_like(rounded))
+    return Codes(xp.astype(rounded, xp.int8), scales[:, :, 0])
+
+
+def dequantize(codes: Codes, dtype: object) -> Array:
+    """Return the vectors: array of the dtype, shape (streams, n, dim)."""
+    xp = array_namespace(codes.codes)
+    return xp.astype(codes.codes, dtype) * xp.astype(codes.scales, dtype)[:, :, None]

@@ -11,6 +11,8 @@ from ._array import Array, array_namespace, compute_dtype, nbytes, positions
 from ._checks import (
     check_alike,
     check_block,
+    check_choice,
+    check_flag,
     check_groups,
     check_integer,
     check_real,
@@ -18,7 +20,9 @@ from ._checks import (
     check_seed,
 )
 from .backends import operations_for
-from .means import ClusterMeans, MeansState
+from .budget import Power, check_budget
+from .means import ClusterMeans, MeansState, Storage
+from .method import Method
 from .paper import Paper
 from .state import PaperState
 from .weighted import fold_groups, unfold_groups
@@ -27,9 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["AttentionSketch"]
-
-# Arrays of a state that all streams share; every other has the streams on its first axis.
-_SHARED = frozenset({"ring_has_query"})
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class AttentionSketch:
     """Attention over a stream of tokens from a summary that grows with its clusters, not with its length.
 
     The first ``sink`` tokens and the last ``window`` are kept exactly. All others are clusters, each held as its mean
-    key and mean value; when there are more than ``max_clusters``, the closest pairs merge. Closeness is measured in
+    key and mean value; when there are more than the budget, the closest pairs merge. Closeness is measured in
     logits of recent queries and in values, weighted by the attention that the tokens received. For the algorithm of
     the paper, see `AttentionSketch.paper`.
 
@@ -73,9 +74,20 @@ class AttentionSketch:
 
     Parameters
     ----------
-    max_clusters : int
+    max_clusters : int or Power, optional
         Clusters held for each stream; memory is fixed once they are reached. With ``sink`` and ``window`` it makes
-        the number of pairs a query is answered from. At least 1.
+        the number of pairs a query is answered from. At least 1. A `subgen.Power` lets the number grow with the
+        stream, as ``subgen.Power(8, 0.5)``. 1024, if nothing else bounds the sketch; one of ``max_clusters``,
+        ``max_bytes`` and ``compression_ratio`` may be given.
+    delta : float, optional
+        Threshold mode: the radius of a cluster, in the units of the keys. A token joins the cluster of the nearest
+        leader within ``delta``, or opens a new one, as in the paper; the number of clusters grows with the data, and
+        is at most m for (m, delta)-clusterable keys. With a budget too, closest pairs merge beyond it.
+    max_bytes : int, optional
+        Bytes of the whole sketch, all streams together: as many clusters as fit.
+    compression_ratio : float, optional
+        Share of the bytes of an exact cache to *remove*, 0 to 1: 0.75 keeps a quarter, at any length of the stream,
+        once that is more than the sinks and twice the window.
     window : int
         Most recent tokens kept exactly: when there are this many and another comes, the older half joins the
         clusters. At least 2.
@@ -83,13 +95,21 @@ class AttentionSketch:
         First tokens kept exactly. At least 0.
     scale : float, optional
         Factor of the logits; ``None`` means ``head_dim ** -0.5``.
+    storage : {"input", "int8"}
+        What the means of clusters are held in: the dtype of the input, or 8 bits with one scale for each vector:
+        nearly twice the clusters of 16-bit input in the same bytes. Sinks and window stay exact.
+    residual_samples : int
+        Tokens sampled for the corrected estimator of ``attend(return_error=True)``; 0 keeps none.
+    check_finite : bool
+        Whether `update`, `step` and `attend` look for NaN and infinity. Looking waits for the device.
     seed : int
-        In ``[0, 2**64)``; for the rounding of means to 16-bit input. Equal seeds give equal sketches.
+        In ``[0, 2**64)``; for the rounding of means to 16 and 8 bits, and for the residual sample. Equal seeds give
+        equal sketches.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not a number within its bounds.
+        If an argument is not a number within its bounds, or two budgets are given.
 
     Examples
     --------
@@ -106,26 +126,38 @@ class AttentionSketch:
 
     def __init__(
         self,
-        max_clusters: int = 1024,
+        max_clusters: int | Power | None = None,
         *,
+        delta: float | None = None,
+        max_bytes: int | None = None,
+        compression_ratio: float | None = None,
         window: int = 128,
         sink: int = 4,
         scale: float | None = None,
+        storage: Storage = "input",
+        residual_samples: int = 0,
+        check_finite: bool = True,
         seed: int = 0,
     ) -> None:
+        delta = None if delta is None else check_real("delta", delta, minimum=0.0)
+        check_choice("storage", storage, ("input", "int8"))
         self._start(
             ClusterMeans(
-                max_clusters=check_integer("max_clusters", max_clusters),
+                budget=check_budget(max_clusters, max_bytes, compression_ratio, delta),
+                delta=delta,
                 window=check_integer("window", window, minimum=2),
                 sink=check_integer("sink", sink, minimum=0),
                 scale=None if scale is None else check_scale(scale, 1),
+                storage=storage,
+                residual_samples=check_integer("residual_samples", residual_samples, minimum=0),
                 seed=check_seed(seed),
-            )
+            ),
+            check_flag("check_finite", check_finite),
         )
 
-    def _start(self, method: ClusterMeans | Paper) -> None:
-        # The two methods share an interface, each with a state of its own.
-        self._method: Any = method
+    def _start(self, method: Method, check_finite: bool) -> None:
+        self._method = method
+        self._finite = check_finite
         self._layout: _Layout | None = None
         self._state: MeansState | PaperState | None = None
 
@@ -137,6 +169,7 @@ class AttentionSketch:
         samples_per_cluster: int,
         value_samples: int,
         scale: float | None = 1.0,
+        check_finite: bool = True,
         seed: int = 0,
     ) -> AttentionSketch:
         """Algorithm 1 of SubGen, exactly.
@@ -156,6 +189,8 @@ class AttentionSketch:
             The paper's s: pairs sampled, with replacement, in proportion to ``||v||^2``. At least 1.
         scale : float, optional
             Factor of the logits: 1, as in the paper; ``None`` means ``head_dim ** -0.5``.
+        check_finite : bool
+            Whether `update`, `step` and `attend` look for NaN and infinity.
         seed : int
             In ``[0, 2**64)``. Equal seeds give equal samples, on every library.
 
@@ -193,7 +228,8 @@ class AttentionSketch:
                 s=check_integer("value_samples", value_samples),
                 scale=None if scale is None else check_scale(scale, 1),
                 seed=check_seed(seed),
-            )
+            ),
+            check_flag("check_finite", check_finite),
         )
         return sketch
 
@@ -249,18 +285,32 @@ class AttentionSketch:
         self._layout, self._state = layout, state
 
     @overload
-    def attend(self, queries: Array, *, return_logsumexp: Literal[False] = False) -> Array: ...
+    def attend(self, queries: Array) -> Array: ...
 
     @overload
     def attend(self, queries: Array, *, return_logsumexp: Literal[True]) -> tuple[Array, Array]: ...
 
-    def attend(self, queries: Array, *, return_logsumexp: bool = False) -> Array | tuple[Array, Array]:
+    @overload
+    def attend(self, queries: Array, *, return_error: Literal[True]) -> tuple[Array, Array]: ...
+
+    @overload
+    def attend(
+        self, queries: Array, *, return_error: bool = False, return_logsumexp: bool = False
+    ) -> Array | tuple[Array, ...]: ...
+
+    def attend(
+        self, queries: Array, *, return_error: bool = False, return_logsumexp: bool = False
+    ) -> Array | tuple[Array, ...]:
         """Answer queries from everything seen so far.
 
         Parameters
         ----------
         queries : array, shape (..., q_heads, m, head_dim)
             ``q_heads`` is a multiple of ``kv_heads``.
+        return_error : bool
+            Whether to answer by the corrected estimator and return its standard error: what the means miss is
+            estimated without bias from ``residual_samples`` tokens. Less accurate than as many more clusters, but it
+            tells how accurate.
         return_logsumexp : bool
             Whether to return the logarithm of the denominator too. With it the answer can be merged with that over
             other tokens, see `subgen.weighted.merge_attention`.
@@ -269,6 +319,9 @@ class AttentionSketch:
         -------
         outputs : array, shape (..., q_heads, m, value_dim)
             In the dtype of the input. Where the estimate exceeds that dtype it is the largest number of it.
+        error : array, shape (..., q_heads, m, value_dim)
+            Standard error of each number, in float32 at least; if ``return_error``. It is that of the sample alone:
+            too small where attention goes to tokens that the sample has none of.
         logsumexp : array, shape (..., q_heads, m)
             In float32 at least; if ``return_logsumexp``.
 
@@ -277,17 +330,29 @@ class AttentionSketch:
         RuntimeError
             If nothing was seen yet.
         TypeError, ValueError
-            As in `attention`.
+            As in `attention`, or if ``return_error`` and the sketch was made without ``residual_samples``.
         """
         if self._state is None or self._layout is None:
             raise RuntimeError("the sketch is empty: call update (or step) with keys and values before attend")
+        method = self._method
+        if return_error and not (isinstance(method, ClusterMeans) and method.residual_samples):
+            raise ValueError(
+                "return_error needs the residual sample of the default sketch: make it with residual_samples above 0, "
+                "for example AttentionSketch(residual_samples=256)"
+            )
         self._check_queries(queries, self._layout)
         rows = fold_groups(self._scaled(queries), self._layout.kv_heads)
-        output, logsumexp = self._method.attend(self._state, rows, operations_for(queries))
-        output = _narrow(unfold_groups(output, queries.shape), queries)
+        ops = operations_for(queries)
+        if return_error:
+            output, error, logsumexp = method.attend_with_error(self._state, rows, ops)  # type: ignore[attr-defined]
+        else:
+            output, logsumexp = method.attend(self._state, rows, ops)
+        answer = [_narrow(unfold_groups(output, queries.shape), queries)]
+        if return_error:
+            answer.append(unfold_groups(error, queries.shape))
         if return_logsumexp:
-            return output, array_namespace(logsumexp).reshape(logsumexp, queries.shape[:-1])
-        return output
+            answer.append(array_namespace(logsumexp).reshape(logsumexp, queries.shape[:-1]))
+        return answer[0] if len(answer) == 1 else tuple(answer)
 
     def step(self, queries: Array, keys: Array, values: Array) -> Array:
         """Absorb a block and answer the query of each of its tokens: ``update`` and ``attend``, token by token.
@@ -379,7 +444,7 @@ class AttentionSketch:
 
     def _check(self, keys: Any, values: Any, queries: Any) -> _Layout:
         """Check a block against itself and against the stream, and return the layout; changes nothing."""
-        check_block(keys, values)
+        check_block(keys, values, finite=self._finite)
         layout = self._layout
         if layout is None:
             # Made anew: a slice would keep the whole first block alive.
@@ -396,7 +461,7 @@ class AttentionSketch:
                 )
             check_alike("keys", keys, "the stream so far", layout.example)
         if queries is not None:
-            check_groups(queries, keys)
+            check_groups(queries, keys, finite=self._finite)
             if queries.shape[-2] != keys.shape[-2]:
                 raise ValueError(
                     f"every token has one query: got {queries.shape[-2]} queries for {keys.shape[-2]} keys; "
@@ -406,7 +471,7 @@ class AttentionSketch:
 
     def _check_queries(self, queries: Any, layout: _Layout) -> None:
         shape = (*layout.leading, self.n_seen, layout.head_dim)
-        check_groups(queries, layout.example, "the stream's keys", shape)
+        check_groups(queries, layout.example, "the stream's keys", shape, finite=self._finite)
 
 
 def _indices(indices: Any, layout: _Layout) -> Array:
@@ -429,7 +494,7 @@ def _take_streams(state: Any, index: Array) -> Any:
         value = getattr(state, field.name)
         if is_dataclass(value):
             taken[field.name] = _take_streams(value, index)
-        elif hasattr(value, "shape") and field.name not in _SHARED:
+        elif hasattr(value, "shape"):
             taken[field.name] = array_namespace(value).take(value, index, axis=0)
     return replace(state, **taken)
 

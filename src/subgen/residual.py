@@ -1,0 +1,196 @@
+"""The corrected estimator: what the means miss, from a sample of the tokens behind them, with a standard error.
+
+A token j of cluster c stands for ``e^<q,k_j> v_j`` and is answered for by its share of the cluster,
+``(w_c(q) / n_c) e^<q,mean_c> mean value_c``. The difference is its residual. Slots sample absorbed tokens uniformly,
+with replacement; n times the mean over slots of the residuals is an unbiased estimate of all that the means miss, in
+the numerator and in the denominator, and their variance tells how good it is.
+
+Exponentials have heavy tails: a sample that has missed the few tokens that matter looks better than it is. So the
+variance of the slots is not believed below what the clusters themselves predict, from their spread.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ._array import Array, array_namespace, positions
+from .backends import Operations
+from .mass import half_variance, log_weights
+from .merging import Means
+from .sampling import latest, uniform_rounds
+from .sampling import replace as replace_slots
+
+__all__ = ["Residual", "correct", "empty_residual", "sample_tokens"]
+
+# The corrected denominator is at least this share of the one it corrects: an estimate below is noise.
+_LEAST_MASS = 0.1
+# Logarithm of the largest weight of a slot, in units of the whole denominator: one beyond is noise of a token that
+# was hardly ever to be sampled, and must not become infinite.
+_LARGEST = 30.0
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A sample of the tokens behind the clusters, with replacement.
+
+    Attributes
+    ----------
+    keys, values : array, shape (streams, slots, dim)
+        As they came, in the dtype of the input.
+    cluster : int32 array, shape (streams, slots)
+        The place of the token's cluster.
+    due : int64 array, shape (streams, slots)
+        The number of tokens at which each slot is next replaced.
+    """
+
+    keys: Array
+    values: Array
+    cluster: Array
+    due: Array
+
+
+def empty_residual(keys: Array, values: Array, slots: int) -> Residual:
+    """Return empty slots for streams like ``(streams, n, head_dim)`` and ``(streams, n, value_dim)``."""
+    xp = array_namespace(keys)
+    streams, device = keys.shape[0], keys.device
+    return Residual(
+        keys=xp.zeros((streams, slots, keys.shape[-1]), dtype=keys.dtype, device=device),
+        values=xp.zeros((streams, slots, values.shape[-1]), dtype=keys.dtype, device=device),
+        cluster=xp.zeros((streams, slots), dtype=xp.int32, device=device),
+        due=xp.ones((streams, slots), dtype=xp.int64, device=device),
+    )
+
+
+def sample_tokens(
+    residual: Residual,
+    keys: Array,
+    values: Array,
+    cluster: Array,
+    moved: Array,
+    before: int,
+    key: tuple[Array, Array],
+    ops: Operations,
+) -> Residual:
+    """Offer a block of tokens to the slots, and follow the clusters of those held through their merges.
+
+    Parameters
+    ----------
+    residual : Residual
+    keys, values : array, shape (streams, n, dim)
+    cluster : int64 array, shape (streams, n)
+        Place of each token's cluster before the merges.
+    moved : int64 array, shape (streams, places)
+        The new place of each cluster; see `subgen.merging.merge_closest`.
+    before : int
+        Tokens offered before.
+    key : (int64 array, int64 array)
+        Of the draws; each of shape (streams,), see `subgen.counter.stream_key`.
+    ops : Operations
+
+    Returns
+    -------
+    Residual
+    """
+    xp = array_namespace(keys)
+    streams, n = cluster.shape
+    order = xp.broadcast_to(positions(n, keys)[None, :], (streams, n))
+    none = xp.zeros((streams, 1), dtype=xp.int64, device=keys.device)
+    due, rounds = uniform_rounds(
+        residual.due[:, None, :],
+        none + before,
+        order,
+        none,
+        none + n,
+        (key[0][:, None, None], key[1][:, None, None]),
+        ops.threefry2x32,
+    )
+    place = xp.astype(residual.cluster, xp.int64)
+    kept = replace(residual, due=due[:, 0, :])
+    if rounds:
+        token = latest(rounds, n)[:, 0, :]
+        place = replace_slots(place[:, :, None], cluster[:, :, None], token)[:, :, 0]
+        kept = replace(
+            kept,
+            keys=replace_slots(residual.keys, keys, token),
+            values=replace_slots(residual.values, values, token),
+        )
+    return replace(kept, cluster=xp.astype(xp.take_along_axis(moved, place, axis=1), xp.int32))
+
+
+def correct(
+    rows: Array, output: Array, logsumexp: Array, means: Means, residual: Residual, total: int
+) -> tuple[Array, Array, Array]:
+    """Add the estimate of what the means miss to an answer.
+
+    Parameters
+    ----------
+    rows : array, shape (streams, m, head_dim)
+        Scaled.
+    output, logsumexp : array, shape (streams, m, value_dim) and (streams, m)
+        The answer from the means and the exact pairs.
+    means : Means
+    residual : Residual
+    total : int
+        Tokens behind the means.
+
+    Returns
+    -------
+    output : array, shape (streams, m, value_dim)
+    error : array, shape (streams, m, value_dim)
+        Standard error of each coordinate, by the delta method for a ratio of means.
+    logsumexp : array, shape (streams, m)
+    """
+    xp = array_namespace(rows)
+    wide = rows.dtype
+    slots = residual.cluster.shape[1]
+    log_total = math.log(total)
+    place = xp.astype(residual.cluster, xp.int64)
+
+    def of_slots(x: Array) -> Array:
+        return xp.take_along_axis(x, place if x.ndim == 2 else place[:, :, None], axis=1)
+
+    masses = log_weights(rows, means.counts, means.spread)
+    logits = xp.matmul(rows, xp.matrix_transpose(means.keys)) - logsumexp[:, :, None]
+    log_counts = _log(xp.astype(means.counts, wide))[:, None, :]
+    # Logarithms of the exponentials of a member: as the cluster believes, and in truth; times n.
+    member = masses - log_counts + logits + log_total
+    believed = _exp(xp.take_along_axis(member, xp.broadcast_to(place[:, None, :], (*member.shape[:2], slots)), axis=2))
+    keys, values = xp.astype(residual.keys, wide), xp.astype(residual.values, wide)
+    truth = _exp(xp.matmul(rows, xp.matrix_transpose(keys)) - logsumexp[:, :, None] + log_total)
+    mean_values = of_slots(means.values)
+    missing = xp.mean(truth - believed, axis=-1, keepdims=True)
+    mass = xp.clip(1.0 + missing, min=_LEAST_MASS)
+    added = (xp.matmul(truth, values) - xp.matmul(believed, mean_values)) / slots
+    corrected = (output + added) / mass
+
+    # Each slot's part in the ratio, coordinate by coordinate.
+    part = truth[..., None] * (values[:, None, :, :] - corrected[:, :, None, :])
+    part = part - believed[..., None] * (mean_values[:, None, :, :] - corrected[:, :, None, :])
+    part = part - xp.mean(part, axis=2, keepdims=True)
+    seen = xp.sum(part * part, axis=2) / max(1, slots - 1)
+
+    # What the clusters predict: log-normal members with the variance of the spread, values independent of them.
+    deviation = values - mean_values
+    within = xp.sum(deviation * deviation, axis=1) / slots
+    variance = 2.0 * half_variance(rows, means.spread)
+    excess = xp.where(variance < log_counts, variance, xp.broadcast_to(log_counts, variance.shape))
+    square = _exp(2.0 * (masses + logits) - log_counts + log_total + excess)
+    several = xp.astype(means.counts > 1, wide)[:, None, :]
+    square = square * several
+    apart = square * (1.0 - xp.exp(-excess))
+    offsets = means.values[:, None, :, :] - corrected[:, :, None, :]
+    predicted = xp.sum(apart[..., None] * offsets * offsets, axis=2)
+    predicted = predicted + xp.sum(square, axis=2)[..., None] * within[:, None, :]
+    variance = xp.where(seen > predicted, seen, predicted) / slots
+    return corrected, xp.sqrt(variance) / mass, logsumexp + xp.log(mass[..., 0])
+
+
+def _exp(logits: Array) -> Array:
+    return array_namespace(logits).exp(array_namespace(logits).clip(logits, max=_LARGEST))
+
+
+def _log(counts: Array) -> Array:
+    """Logarithm of a number of members; 0 where a place is free."""
+    xp = array_namespace(counts)
+    return xp.log(xp.where(counts > 0, counts, xp.ones_like(counts)))
