@@ -3,12 +3,17 @@
 kvpress 0.5.5 needs transformers below 5.3. Left out: methods that need trained parts or a tokenizer (KVzip, KVzap,
 DuoAttention, Q-Filters, DMS, ...), those that compress while decoding (CAM, ...), and KVgrad, which needs gradients and
 takes one row at a time.
+
+A press compresses the prompt; the tokens after it are added whole. A SubGenCache holds its number of pairs at all
+times. Each method therefore runs twice: as it comes, and with so much less of the prompt that both hold equally many
+on average.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -47,7 +52,7 @@ def presses(ratio: float) -> Iterator[tuple[str, str, Any]]:
 def main() -> None:
     """Run them all and write the scores."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.1])
     parser.add_argument("--out", type=Path, default=Path("build/rivals.json"))
     options = parser.parse_args()
@@ -58,22 +63,25 @@ def main() -> None:
     }
     drawn = samples(options.samples)
     scores: dict[str, dict[str, Any]] = {}
-    for budget in options.budgets:
-        for name, attention, press in presses(1.0 - budget):
+    first, rest = len(drawn[0].prompt), len(drawn[0].rest)
+    for budget, equal in itertools.product(options.budgets, (True, False)):
+        kept = budget - (rest / 2 / first if equal else 0.0)
+        for name, attention, press in presses(1.0 - kept):
             model = models[attention]
 
             def answer(prompt: Any, rest: Any, model: Any = model, press: Any = press) -> Any:
                 cache = DynamicCache(config=model.config)
                 with press(model):
-                    first = model(prompt, past_key_values=cache).logits[:, -1:]
+                    start = model(prompt, past_key_values=cache).logits[:, -1:]
                 # The cache forgot how long the prompt was.
                 places = prompt.shape[1] + torch.arange(rest.shape[1])[None].expand(len(rest), -1)
                 more = model(rest, past_key_values=cache, position_ids=places).logits[:, :-1]
-                return torch.cat([first, more], dim=1)
+                return torch.cat([start, more], dim=1)
 
             score = evaluate(drawn, answer)
+            name = name if equal else f"{name} (growing)"
             scores.setdefault(str(budget), {})[name] = dataclasses.asdict(score)
-            print(f"{budget:.0%}  {name:26}  {score}", flush=True)
+            print(f"{budget:.0%}  {name:36}  {score}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"samples": options.samples, "scores": scores}, indent=2) + "\n")
 

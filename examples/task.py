@@ -68,7 +68,7 @@ def source(limit: int = 4_000_000) -> bytes:
     return bytes(text[:limit])
 
 
-def samples(count: int, *, prompt: int = 1024, rest: int = 320, numbers: int = 4, seed: int = 0) -> list[Sample]:
+def samples(count: int, *, prompt: int = 1024, rest: int = 128, numbers: int = 4, seed: int = 0) -> list[Sample]:
     """Draw samples; equal arguments give equal ones.
 
     Parameters
