@@ -108,7 +108,7 @@ def stream(model: Any, tokens: int, block: int = 500) -> None:
 def main(
     count: Annotated[int, typer.Option("--samples", help="Samples; 16 digits each.")] = 32,
     budgets: Annotated[str, typer.Option(help="Shares of the pairs kept, with commas.")] = "0.25,0.1",
-    window: Annotated[int, typer.Option(help="Last tokens kept exactly, if the budget allows.")] = 32,
+    window: Annotated[int, typer.Option(help="Last tokens kept exactly, if the budget allows.")] = 128,
     rivals: Annotated[Path | None, typer.Option(help="Scores of rivals.py.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to write a plot.")] = None,
     long: Annotated[int, typer.Option("--stream", help="Instead: read so many tokens in fixed memory.")] = 0,

@@ -61,6 +61,7 @@ def main() -> None:
         name: AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation=name).eval()
         for name in ("sdpa", "eager")
     }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     drawn = samples(options.samples)
     scores: dict[str, dict[str, Any]] = {}
     first, rest = len(drawn[0].prompt), len(drawn[0].rest)
@@ -82,8 +83,8 @@ def main() -> None:
             name = name if equal else f"{name} (growing)"
             scores.setdefault(str(budget), {})[name] = dataclasses.asdict(score)
             print(f"{budget:.0%}  {name:36}  {score}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"samples": options.samples, "scores": scores}, indent=2) + "\n")
+            # After each, so that a run that is stopped loses nothing.
+            options.out.write_text(json.dumps({"samples": options.samples, "scores": scores}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
