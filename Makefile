@@ -1,17 +1,28 @@
-# One command each: demo, test, lint, bench, long-stream, drift. Every target makes its own environment first.
+# One command each: demo, test, lint, bench, long-stream, drift, examples. Every target makes its environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench long-stream drift clean
+# Releases of transformers that the tests pass on; `make test` uses the newest.
+TRANSFORMERS ?= 4.57.6 5.0.0 5.5.0 5.23.0
+# kvpress needs transformers below 5.3, and has its own environment.
+RIVALS := .venv-rivals
+
+.PHONY: demo test test-transformers lint bench long-stream drift examples examples-rivals clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.done)
+	@for version in $(TRANSFORMERS); do \
+	  echo "transformers $$version"; \
+	  .venv-transformers-$$version/bin/python -m pytest -q tests/test_transformers.py || exit 1; \
+	done
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -27,6 +38,12 @@ long-stream: $(VENV)/.demo
 drift: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/drift.py
 
+examples: $(VENV)/.test
+	$(BIN)/python examples/generate.py --rivals build/rivals.json --plot build/generate.png
+
+examples-rivals: $(RIVALS)/.done
+	$(RIVALS)/bin/python examples/rivals.py --out build/rivals.json
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -40,5 +57,20 @@ $(VENV)/.test: $(BIN)/python pyproject.toml requirements/torch.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	@touch $@ $(VENV)/.demo
 
+# An environment for each release, which borrows all else, PyTorch above all, from that of the tests.
+.venv-transformers-%/.done: $(VENV)/.test
+	$(PYTHON) -m venv .venv-transformers-$*
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	  > $$(.venv-transformers-$*/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	.venv-transformers-$*/bin/python -m pip install --quiet --disable-pip-version-check transformers==$*
+	@touch $@
+
+$(RIVALS)/.done: $(VENV)/.test
+	$(PYTHON) -m venv $(RIVALS)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	  > $$($(RIVALS)/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check kvpress==0.5.5 "transformers<5.3"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-transformers-* $(RIVALS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

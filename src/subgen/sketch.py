@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ._array import Array, array_namespace, compute_dtype, nbytes, positions
 from ._checks import (
@@ -25,6 +26,9 @@ from .method import Method
 from .paper import Paper
 from .state import PaperState
 from .weighted import fold_groups, unfold_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["AttentionSketch"]
 
@@ -379,6 +383,55 @@ class AttentionSketch:
         self._layout, self._state = layout, state
         return output
 
+    def take(self, indices: Array | Sequence[int]) -> AttentionSketch:
+        """Return a new sketch with these entries of the first leading axis, in this order: rows of a batch.
+
+        Beam search and dropping finished rows need it. Entries may repeat; from then on the copies are streams of
+        their own.
+
+        Parameters
+        ----------
+        indices : sequence of int, or integer array of the sketch's library, shape (entries,)
+            At least one; of a sequence every entry is checked, an array is trusted to be within the axis.
+
+        Returns
+        -------
+        AttentionSketch
+            This sketch is as it was.
+
+        Raises
+        ------
+        RuntimeError
+            If nothing was seen yet: there is nothing to take from, start another sketch.
+        TypeError, ValueError
+            If the stream has no axis before that of the heads, or the indices are not one axis of integers in range.
+
+        Examples
+        --------
+        >>> import numpy as np, subgen
+        >>> keys = values = np.random.default_rng(0).normal(size=(2, 4, 100, 16))    # (batch, kv_heads, n, head_dim)
+        >>> sketch = subgen.AttentionSketch(max_clusters=16, window=32)
+        >>> sketch.update(keys, values)
+        >>> sketch.take([1, 1, 0]).n_clusters.shape
+        (3, 4)
+        """
+        layout = self._layout
+        if self._state is None or layout is None:
+            raise RuntimeError("the sketch is empty: take needs a stream; call update first, or start another sketch")
+        if len(layout.leading) < 2:
+            raise ValueError(
+                f"take picks rows of a batch, and the stream's leading axes are {layout.leading}: it needs one before "
+                f"that of the heads, keys of shape (batch, kv_heads, n, head_dim)"
+            )
+        index = _indices(indices, layout)
+        xp = array_namespace(index)
+        inner = layout.streams // layout.leading[0]
+        streams = xp.reshape(index[:, None] * inner + positions(inner, layout.example)[None, :], (-1,))
+        other = copy.copy(self)
+        other._layout = replace(layout, leading=(index.shape[0], *layout.leading[1:]))
+        other._state = _take_streams(self._state, streams)
+        return other
+
     def _scaled(self, queries: Array) -> Array:
         xp = array_namespace(queries)
         scale = check_scale(self._method.scale, queries.shape[-1])
@@ -394,7 +447,8 @@ class AttentionSketch:
         check_block(keys, values, finite=self._finite)
         layout = self._layout
         if layout is None:
-            example = keys[..., :0, :]
+            # Made anew: a slice would keep the whole first block alive.
+            example = array_namespace(keys).zeros((0, keys.shape[-1]), dtype=keys.dtype, device=keys.device)
             layout = _Layout(tuple(keys.shape[:-2]), keys.shape[-1], values.shape[-1], example)
         else:
             expected = (*layout.leading, keys.shape[-2], layout.head_dim)
@@ -418,6 +472,31 @@ class AttentionSketch:
     def _check_queries(self, queries: Any, layout: _Layout) -> None:
         shape = (*layout.leading, self.n_seen, layout.head_dim)
         check_groups(queries, layout.example, "the stream's keys", shape, finite=self._finite)
+
+
+def _indices(indices: Any, layout: _Layout) -> Array:
+    """Indices into the first leading axis as an int64 array, shape (entries,)."""
+    xp, rows = array_namespace(layout.example), layout.leading[0]
+    if not hasattr(indices, "shape"):
+        numbers = [check_integer("an index", i, minimum=0, maximum=rows - 1) for i in indices]
+        indices = xp.asarray(numbers, dtype=xp.int64, device=layout.example.device)
+    elif not xp.isdtype(indices.dtype, "integral"):
+        raise TypeError(f"indices must be integers, got an array of {indices.dtype}")
+    if indices.ndim != 1 or indices.shape[0] == 0:
+        raise ValueError(f"indices must have one axis and at least one entry, got shape {tuple(indices.shape)}")
+    return xp.astype(indices, xp.int64, copy=False)
+
+
+def _take_streams(state: Any, index: Array) -> Any:
+    """Gather the first axis, that of the streams, of every array of a state."""
+    taken: dict[str, Any] = {}
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if is_dataclass(value):
+            taken[field.name] = _take_streams(value, index)
+        elif hasattr(value, "shape"):
+            taken[field.name] = array_namespace(value).take(value, index, axis=0)
+    return replace(state, **taken)
 
 
 def _narrow(output: Array, like: Array) -> Array:

@@ -1,0 +1,89 @@
+"""How much each layer keeps: a number of clusters, or a share of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from subgen import AttentionSketch
+from subgen._checks import check_integer, check_real, check_seed
+
+__all__ = ["Budget", "budgets"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one layer; exactly one of ``max_clusters`` and ``compression_ratio`` is given.
+
+    Called with the number of tokens of the first block (the prompt) and the factor of the logits, it gives a sketch.
+    """
+
+    max_clusters: int | None
+    compression_ratio: float | None
+    window: int
+    sink: int
+    seed: int
+
+    def __call__(self, first: int, scale: float) -> AttentionSketch:
+        """Return an empty sketch.
+
+        Raises
+        ------
+        ValueError
+            If the share of the prompt is too small to hold the sinks, a window and a cluster.
+        """
+        window, clusters = self.window, self.max_clusters
+        if clusters is None:
+            pairs = int((1.0 - (self.compression_ratio or 0.0)) * first + 0.5)
+            # At least half of what the sinks leave is for clusters: a window alone would be no summary.
+            window = min(window, (pairs - self.sink) // 2)
+            clusters = pairs - self.sink - window
+            if window < 2:
+                raise ValueError(
+                    f"compression_ratio={self.compression_ratio:g} leaves {pairs} pairs of a prompt of {first} tokens: "
+                    f"at least {self.sink + 4} are needed for sink={self.sink}, a window of 2 and 2 clusters. Use a "
+                    f"smaller ratio, fewer sinks, or max_clusters"
+                )
+        return AttentionSketch(clusters, window=window, sink=self.sink, scale=scale, seed=self.seed)
+
+
+def budgets(
+    layers: int, max_clusters: Any, compression_ratio: Any, *, window: int, sink: int, seed: int
+) -> list[Budget]:
+    """Return the budget of each layer.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is out of bounds, both or neither way of giving a budget is used, or a sequence does not have one
+        entry a layer.
+    """
+    if (max_clusters is None) == (compression_ratio is None):
+        raise ValueError(
+            f"give one of max_clusters (clusters per head) and compression_ratio (share of the prompt's pairs to "
+            f"remove), got max_clusters={max_clusters!r} and compression_ratio={compression_ratio!r}"
+        )
+    window = check_integer("window", window, minimum=2)
+    sink = check_integer("sink", sink, minimum=0)
+    seed = check_seed(seed)
+    if compression_ratio is None:
+        clusters = [check_integer("max_clusters", x) for x in _each("max_clusters", max_clusters, layers)]
+        return [Budget(x, None, window, sink, seed) for x in clusters]
+    ratios = [_check_ratio(x) for x in _each("compression_ratio", compression_ratio, layers)]
+    return [Budget(None, x, window, sink, seed) for x in ratios]
+
+
+def _check_ratio(value: Any) -> float:
+    ratio = check_real("compression_ratio", value, minimum=0.0, maximum=1.0)
+    if ratio == 1.0:
+        raise ValueError("compression_ratio is the share of pairs removed: 1 would leave nothing, pass less than 1")
+    return ratio
+
+
+def _each(name: str, value: Any, layers: int) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * layers
+    if len(value) != layers:
+        raise ValueError(f"{name} must be one number, or one for each of the {layers} layers: got {len(value)}")
+    return list(value)

@@ -1,0 +1,80 @@
+"""Which models can work with sketches, told from their configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["layer_kinds", "refuse_model"]
+
+_INSTEAD = "use the model's own cache and attention"
+
+
+def refuse_model(model: Any) -> None:
+    """Raise if a model cannot run under the attention "subgen".
+
+    Raises
+    ------
+    ValueError
+        With the reason.
+    """
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"{name} computes attention in its own code and not through transformers' AttentionInterface, so no other "
+            f"attention can be plugged in: {_INSTEAD}"
+        )
+    layer_kinds(model.config)
+
+
+def layer_kinds(config: Any) -> list[int | None]:
+    """Return for each layer the window it slides over, or ``None`` for full attention.
+
+    Raises
+    ------
+    ValueError
+        If a layer is of another kind, or the model's attention is one that a sketch cannot answer.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} has an encoder and a decoder; a SubGenCache is for decoders: {_INSTEAD}")
+    text = config.get_text_config(decoder=True)
+    family = text.model_type
+    reasons = {
+        "kv_lora_rank": "caches latents from which keys are made after the cache (MLA)",
+        "attn_logit_softcapping": "caps its logits",
+        "num_kv_shared_layers": "shares keys and values between layers",
+    }
+    for name, reason in reasons.items():
+        if getattr(text, name, None):
+            raise ValueError(f"{family} {reason} ({name}={getattr(text, name)}), which a sketch cannot: {_INSTEAD}")
+    kinds = [_window(kind, text) for kind in _layer_types(text)]
+    if all(window is not None for window in kinds):
+        raise ValueError(
+            f"every layer of this {family} slides over a window ({kinds[0] if kinds else None} tokens): its cache is "
+            f"bounded as it is, and there is nothing to compress; {_INSTEAD}"
+        )
+    return kinds
+
+
+def _layer_types(text: Any) -> list[str]:
+    types = getattr(text, "layer_types", None)
+    if types is not None:
+        return list(types)
+    kind = "full_attention"
+    if getattr(text, "sliding_window", None) is not None:
+        kind = "sliding_attention"
+    elif getattr(text, "attention_chunk_size", None) is not None:
+        kind = "chunked_attention"
+    return [kind] * text.num_hidden_layers
+
+
+def _window(kind: str, text: Any) -> int | None:
+    if kind == "full_attention":
+        return None
+    if kind == "sliding_attention":
+        return int(text.sliding_window)
+    if kind == "chunked_attention":
+        return int(text.attention_chunk_size)
+    raise ValueError(
+        f"{text.model_type} has layers of the kind {kind!r}; a SubGenCache knows full, sliding and chunked attention: "
+        f"{_INSTEAD}"
+    )

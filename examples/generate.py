@@ -1,0 +1,154 @@
+"""A small Llama with its cache as sketches: what is lost on unseen text, and on numbers stated far away.
+
+``make examples`` runs it beside the methods of kvpress, after ``make examples-rivals``. With ``--stream 100000`` it
+reads a long text instead, in memory that does not grow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from subgen_torch.transformers import SubGenCache, enable
+from task import MODEL, Score, evaluate, samples, source
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
+
+console = Console()
+
+
+def load() -> Any:
+    """Load the model that comes with the project, with SubGen switched on."""
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    enable(model)
+    return model
+
+
+def bar() -> Progress:
+    """Return the progress bar of every part of this script."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+def score(model: Any, drawn: Any, make: Any, progress: Progress, name: str) -> Score:
+    """Score a cache; prompts are read at once, and what follows against what the cache holds."""
+
+    def answer(prompt: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        cache = make()
+        first = model(prompt, past_key_values=cache).logits[:, -1:]
+        return torch.cat([first, model(rest, past_key_values=cache).logits[:, :-1]], dim=1)
+
+    job = progress.add_task(name, total=len(drawn))
+    return evaluate(drawn, answer, tell=lambda done: progress.update(job, completed=done))
+
+
+def show(scores: dict[str, dict[str, Score]], exact: Score) -> None:
+    """Print a table, best digits first."""
+    for budget, methods in scores.items():
+        table = Table("method", title=f"{float(budget):.0%} of the pairs")
+        for column in ("loss on text", "to exact", "loss on digits", "right digits"):
+            table.add_column(column, justify="right")
+        for name, it in sorted({"exact cache": exact, **methods}.items(), key=lambda pair: pair[1].digit_loss):
+            change = it.text_loss / exact.text_loss - 1.0
+            style = "bold" if name == "subgen" else None
+            numbers = (f"{it.text_loss:.4f}", f"{change:+.1%}", f"{it.digit_loss:.3f}", f"{it.right_digits:.3f}")
+            table.add_row(name, *numbers, style=style)
+        console.print(table)
+
+
+def draw_plot(scores: dict[str, dict[str, Score]], exact: Score, path: Path) -> None:
+    """Plot loss on digits against loss on text, a panel a budget."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(scores), figsize=(6 * len(scores), 5), squeeze=False, sharey=True)
+    for axis, (budget, methods) in zip(axes[0], scores.items(), strict=True):
+        for name, it in methods.items():
+            axis.scatter(it.text_loss, it.digit_loss, color="tab:red" if name == "subgen" else "tab:gray", s=25)
+            axis.annotate(name, (it.text_loss, it.digit_loss), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.axvline(exact.text_loss, linestyle=":", color="black")
+        axis.axhline(exact.digit_loss, linestyle=":", color="black", label="exact cache")
+        axis.set(title=f"{float(budget):.0%} of the pairs", xlabel="loss on text (nats a byte)")
+    axes[0, 0].set_ylabel("loss on digits (nats a digit)")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def stream(model: Any, tokens: int, block: int = 500) -> None:
+    """Read a long text in memory that does not grow."""
+    cache = SubGenCache(model.config, max_clusters=128, window=64, prefill="streaming", rollback=0)
+    ids = torch.tensor(list(source(tokens + 1)))[None]
+    every, held, loss = max(1, tokens // block // 10), [], 0.0
+    with bar() as progress, torch.inference_mode():
+        for start in progress.track(range(0, tokens, block), description="reading"):
+            stop = min(tokens, start + block)
+            logits = model(ids[:, start:stop], past_key_values=cache).logits[0]
+            loss += float(torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="sum"))
+            if (start // block + 1) % every == 0:
+                total = cache.report().total
+                held.append((total.n_seen, total.nbytes, total.exact_nbytes))
+    table = Table("tokens", "bytes held", "an exact cache", title="cache memory along the stream")
+    for row in held:
+        table.add_row(*(f"{x:,}" for x in row))
+    console.print(table)
+    console.print(f"loss {loss / tokens:.3f} nats a byte over all {tokens:,}")
+
+
+def main(
+    count: Annotated[int, typer.Option("--samples", help="Samples; 16 digits each.")] = 32,
+    budgets: Annotated[str, typer.Option(help="Shares of the pairs kept, with commas.")] = "0.25,0.1",
+    window: Annotated[int, typer.Option(help="Last tokens kept exactly, if the budget allows.")] = 128,
+    rivals: Annotated[Path | None, typer.Option(help="Scores of rivals.py.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to write a plot.")] = None,
+    long: Annotated[int, typer.Option("--stream", help="Instead: read so many tokens in fixed memory.")] = 0,
+) -> None:
+    """Compare SubGen with an exact cache, and with the methods of kvpress if their scores are there."""
+    # Two calls a cache, of which the second is no part of the prompt: the warning about chunks is not for us.
+    logging.getLogger("subgen_torch").setLevel(logging.ERROR)
+    model = load()
+    if long:
+        stream(model, long)
+        return
+    drawn = samples(count)
+    scores: dict[str, dict[str, Score]] = {}
+    with bar() as progress:
+        exact = score(model, drawn, lambda: DynamicCache(config=model.config), progress, "exact cache")
+        for budget in budgets.split(","):
+            ratio = 1.0 - float(budget)
+
+            def make(ratio: float = ratio) -> SubGenCache:
+                return SubGenCache(model.config, compression_ratio=ratio, window=window)
+
+            scores[budget] = {"subgen": score(model, drawn, make, progress, f"subgen, {float(budget):.0%}")}
+    if rivals is not None and rivals.exists():
+        read = json.loads(rivals.read_text())
+        if read["samples"] != count:
+            raise typer.BadParameter(f"{rivals} was made with {read['samples']} samples, not {count}: make it anew")
+        for budget, methods in scores.items():
+            found = read["scores"].get(budget, {})
+            methods.update({name: Score(**numbers) for name, numbers in found.items()})
+    elif rivals is not None:
+        console.print(f"no {rivals}: run `make examples-rivals` for the methods of kvpress")
+    show(scores, exact)
+    if plot is not None:
+        draw_plot(scores, exact, plot)
+        dump = {
+            budget: {name: dataclasses.asdict(it) for name, it in methods.items()} for budget, methods in scores.items()
+        }
+        plot.with_suffix(".json").write_text(json.dumps({"exact": dataclasses.asdict(exact), **dump}, indent=2) + "\n")
+        console.print(f"wrote {plot} and {plot.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

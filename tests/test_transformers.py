@@ -1,0 +1,596 @@
+"""`SubGenCache` in transformers: equalities that hold for tiny random models, on every release that is supported."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from packaging.version import Version  # noqa: E402
+from subgen_torch.transformers import SubGenCache, disable, enable  # noqa: E402
+
+OLD = Version(transformers.__version__) < Version("5.11")
+# 2 layers, 4 heads on 2 key-value heads of 16.
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def build(name: str, attention: str = "subgen", **more: Any) -> Any:
+    """A tiny model of a family, the same for every call."""
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **more})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).eval()
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0.0, 0.15)  # peaked attention: that of the usual small weights is nearly uniform
+    if attention == "subgen":
+        enable(model)
+    else:
+        model.set_attn_implementation(attention)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("Llama")
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return build("Llama", attention="sdpa")
+
+
+def tokens(rows: int, n: int, seed: int = 0) -> Any:
+    return torch.randint(3, 64, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def roomy(model: Any, **more: Any) -> SubGenCache:
+    """Nothing is ever compressed."""
+    return SubGenCache(model.config, **{"max_clusters": 4096, **more})
+
+
+def small(model: Any, **more: Any) -> SubGenCache:
+    """Most of a hundred tokens are merged."""
+    return SubGenCache(model.config, **{"max_clusters": 12, "window": 8, "sink": 2, **more})
+
+
+def logits(model: Any, blocks: list[Any], cache: Any, mask: Any = None) -> Any:
+    """Feed blocks one after the other; the logits of all tokens."""
+    outs, seen = [], cache.get_seq_length()
+    for block in blocks:
+        seen += block.shape[1]
+        more = {} if mask is None else {"attention_mask": mask[:, :seen], "position_ids": places(mask, seen, block)}
+        outs.append(model(block, past_key_values=cache, use_cache=True, **more).logits)
+    return torch.cat(outs, dim=1)
+
+
+def places(mask: Any, seen: int, block: Any) -> Any:
+    """Positions that do not count padding, as generate makes them."""
+    return (mask[:, :seen].cumsum(-1) - 1).clamp(min=0)[:, seen - block.shape[1] :]
+
+
+def generate(model: Any, prompt: Any, cache: Any, **more: Any) -> Any:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, **more}
+    if "attention_mask" not in options:
+        options["attention_mask"] = torch.ones_like(prompt)
+    return model.generate(prompt, past_key_values=cache, **options)
+
+
+def cut(x: Any, *sizes: int) -> list[Any]:
+    return list(torch.split(x, [*sizes, x.shape[1] - sum(sizes)], dim=1))
+
+
+# 1. Nothing compressed: the same as without.
+
+
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+@pytest.mark.parametrize("sizes", [(50,), (20, 1, 1, 7, 1), (1, 1)])
+def test_logits_equal_plain_attention_while_nothing_is_compressed(
+    model: Any, plain: Any, prefill: str, sizes: tuple[int, ...]
+) -> None:
+    ids = tokens(2, 60)
+    expected = plain(ids).logits
+    got = logits(model, cut(ids, *sizes), roomy(model, prefill=prefill))
+    # Float32 sums in another order through two layers.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+def test_padding_on_any_side_equals_plain_attention(model: Any, plain: Any, prefill: str) -> None:
+    ids = tokens(3, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0  # on the left
+    mask[1, 12:20] = 0  # within
+    mask[2, :3] = mask[2, 25:28] = 0
+    where = {"attention_mask": mask, "position_ids": places(mask, 40, ids)}
+    expected = plain(ids, **where).logits
+    got = logits(model, cut(ids, 30, 1, 1), roomy(model, prefill=prefill), mask)
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
+def test_generate_equals_plain_attention(model: Any, plain: Any) -> None:
+    prompt = tokens(2, 40)
+    expected = generate(plain, prompt, transformers.DynamicCache(config=plain.config))
+    assert torch.equal(generate(model, prompt, roomy(model)), expected)
+
+
+# 2. Rows of a batch know nothing of each other.
+
+
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+@pytest.mark.parametrize("budget", [{}, {"max_clusters": None, "compression_ratio": 0.6}])
+def test_a_padded_row_equals_the_same_row_alone(model: Any, prefill: str, budget: dict[str, Any]) -> None:
+    ids = tokens(4, 90)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 25, 7, 25)):
+        mask[row, :padding] = 0
+    got = logits(model, cut(ids, 70, *[1] * 19), small(model, prefill=prefill, **budget), mask)
+    for row in range(4):
+        own = ids[row : row + 1, mask[row].bool()]
+        first = 70 - 90 + own.shape[1]
+        alone = logits(model, cut(own, first, *[1] * 19), small(model, prefill=prefill, **budget))
+        # The same numbers in matrix products of other shapes.
+        torch.testing.assert_close(got[row, mask[row].bool()], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_padded_batch_generates_what_its_rows_do(model: Any) -> None:
+    ids = tokens(2, 60)
+    ids[0, :13] = 0
+    mask = (ids != 0).long()
+    together = generate(model, ids, small(model), attention_mask=mask)
+    for row in range(2):
+        alone = generate(model, ids[row : row + 1, mask[row].bool()], small(model))
+        assert torch.equal(together[row, 60:], alone[0, -12:])
+
+
+def test_a_second_turn_with_other_padding(model: Any) -> None:
+    first, second = tokens(2, 40), tokens(2, 12, seed=1)
+    mask = torch.ones(2, 54, dtype=torch.long)
+    mask[0, :5] = mask[1, 40:47] = 0
+    blocks = [first, second, tokens(2, 1, seed=2), tokens(2, 1, seed=3)]
+    got = logits(model, blocks, small(model), mask)
+    for row in range(2):
+        real = [mask[row, :40].bool(), mask[row, 40:52].bool(), *[torch.ones(1, dtype=torch.bool)] * 2]
+        own = [block[row : row + 1, keep] for block, keep in zip(blocks, real, strict=True)]
+        alone = logits(model, own, small(model))
+        torch.testing.assert_close(got[row, mask[row].bool()], alone[0], rtol=1e-4, atol=1e-4)
+
+
+# 3. Beams, several sequences of one prompt, sampling.
+
+
+def test_beam_search(model: Any, plain: Any) -> None:
+    prompt = tokens(2, 40)
+    prompt[0, :6] = 0
+    options = {"num_beams": 3, "num_return_sequences": 2, "attention_mask": (prompt != 0).long()}
+    expected = generate(plain, prompt, transformers.DynamicCache(config=plain.config), **options)
+    assert torch.equal(generate(model, prompt, roomy(model), **options), expected)
+    together = generate(model, prompt, small(model), **options)
+    assert torch.equal(together, generate(model, prompt, small(model), **options))
+    alone = generate(model, prompt[1:], small(model), num_beams=3, num_return_sequences=2)
+    assert torch.equal(together[2:], alone)
+
+
+def test_beams_that_swap_take_their_sketches_along(model: Any) -> None:
+    ids = tokens(3, 80)
+    cache = small(model)
+    logits(model, cut(ids, 60), cache)
+    rows = torch.tensor([2, 0, 0, 1])
+    cache.reorder_cache(rows)
+    more = tokens(4, 10, seed=1)
+    got = logits(model, cut(more, *[1] * 9), cache)
+    fresh = small(model)
+    logits(model, cut(ids[rows], 60), fresh)
+    torch.testing.assert_close(got, logits(model, cut(more, *[1] * 9), fresh), rtol=1e-4, atol=1e-4)
+    repeated = small(model)
+    logits(model, cut(ids, 60), repeated)
+    repeated.batch_repeat_interleave(2)
+    assert logits(model, [tokens(6, 1)], repeated).shape[0] == 6
+
+
+def test_sampling_with_a_seed(model: Any, plain: Any) -> None:
+    prompt, options = tokens(1, 40), {"do_sample": True, "num_return_sequences": 3}
+    torch.manual_seed(5)
+    expected = generate(plain, prompt, transformers.DynamicCache(config=plain.config), **options)
+    torch.manual_seed(5)
+    assert torch.equal(generate(model, prompt, roomy(model), **options), expected)
+
+
+# 4. and 5. Prompts in chunks, second turns.
+
+
+def test_a_prompt_in_chunks_equals_the_prompt_at_once(model: Any) -> None:
+    ids = tokens(1, 60)
+    whole, chunks = (logits(model, cut(ids, *sizes), roomy(model)) for sizes in ((), (16, 16, 16)))
+    torch.testing.assert_close(chunks, whole, rtol=1e-5, atol=1e-5)
+    # In streaming also after compression: each token is answered from what is held at its moment.
+    streaming = {"prefill": "streaming"}
+    whole, chunks = (logits(model, cut(ids, *sizes), small(model, **streaming)) for sizes in ((), (16, 1, 20)))
+    torch.testing.assert_close(chunks, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_generate_with_chunked_prefill(model: Any, plain: Any) -> None:
+    prompt = tokens(1, 50)
+    expected = generate(plain, prompt, transformers.DynamicCache(config=plain.config))
+    assert torch.equal(generate(model, prompt, roomy(model), prefill_chunk_size=16), expected)
+
+
+def test_a_second_turn_counts_logical_tokens(model: Any, plain: Any) -> None:
+    prompt, question = tokens(1, 40), tokens(1, 9, seed=1)
+
+    def turns(model: Any, cache: Any) -> Any:
+        first = generate(model, prompt, cache)
+        return generate(model, torch.cat([first, question], dim=1), cache)
+
+    expected = turns(plain, transformers.DynamicCache(config=plain.config))
+    assert torch.equal(turns(model, roomy(model)), expected)
+    cache = small(model)
+    assert turns(model, cache).shape == expected.shape
+    assert cache.get_seq_length() == expected.shape[1] - 1  # the last token was never fed
+
+
+# 6. Speculative decoding.
+
+
+@pytest.mark.parametrize("make", [roomy, small])
+def test_prompt_lookup_equals_greedy(model: Any, make: Any) -> None:
+    prompt = tokens(1, 20).repeat(1, 4)
+    # In streaming a draft is answered as greedy decoding would answer it, whatever was compressed.
+    options = {"max_new_tokens": 30, "eos_token_id": 2}  # older releases want one here
+    greedy = generate(model, prompt, make(model, prefill="streaming"), **options)
+    drafted = generate(model, prompt, make(model, prefill="streaming"), prompt_lookup_num_tokens=5, **options)
+    assert torch.equal(drafted, greedy)
+
+
+def test_assisted_decoding_equals_greedy(model: Any) -> None:
+    assistant, prompt = build("Llama", num_hidden_layers=1, attention="sdpa"), tokens(1, 50)
+    greedy = generate(model, prompt, small(model, prefill="streaming"), max_new_tokens=30)
+    cache = small(model, prefill="streaming")
+    assert torch.equal(generate(model, prompt, cache, max_new_tokens=30, assistant_model=assistant), greedy)
+
+
+def test_tokens_taken_back_leave_no_trace(model: Any) -> None:
+    ids, other = tokens(2, 80), tokens(2, 6, seed=1)
+    cache, expected = small(model), small(model)
+    logits(model, cut(ids[:, :70], 60), cache)
+    cache.crop(-7)
+    assert cache.get_seq_length() == 63
+    logits(model, cut(ids[:, :63], 60), expected)
+    torch.testing.assert_close(logits(model, [other], cache), logits(model, [other], expected))
+    if not OLD:
+        cache.activate_past_recording()
+        for token in cut(other, 1, 1, 1, 1, 1):
+            logits(model, [token], cache)
+        cache.crop(-6)
+        torch.testing.assert_close(logits(model, [other], cache), logits(model, [other], logits_of(model, ids, other)))
+    with pytest.raises(ValueError, match="can be taken back"):
+        cache.crop(-70)
+
+
+def logits_of(model: Any, ids: Any, other: Any) -> Any:
+    cache = small(model)
+    logits(model, [*cut(ids[:, :63], 60), other], cache)
+    return cache
+
+
+def test_recording_that_never_ends_keeps_few_tokens(model: Any) -> None:
+    cache = small(model, rollback=8)
+    cache.layers[0].activate_past_recording()
+    cache.layers[1].activate_past_recording()
+    ids = tokens(1, 100)
+    logits(model, cut(ids[:, :90], *[1] * 89), cache)
+    assert 8 <= cache.layers[0]._tail.size <= 16
+    cache.crop(-8)
+    fresh = small(model)
+    logits(model, cut(ids[:, :82], *[1] * 81), fresh)
+    torch.testing.assert_close(logits(model, [ids[:, 90:]], cache), logits(model, [ids[:, 90:]], fresh))
+
+
+# 7. Copies, files, caches in turn.
+
+
+def test_a_copy_a_file_and_caches_in_turn(model: Any) -> None:
+    prefix, a, b = tokens(1, 60), tokens(1, 15, seed=1), tokens(1, 15, seed=2)
+    cache = small(model)
+    logits(model, [prefix], cache)
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    copied = copy.deepcopy(cache)
+
+    def alone(ids: Any) -> Any:
+        fresh = small(model)
+        logits(model, [prefix], fresh)
+        return logits(model, cut(ids, *[1] * 14), fresh)
+
+    expected_a, expected_b = alone(a), alone(b)
+    # The two caches in turn, token by token.
+    turns = zip(a.split(1, 1), b.split(1, 1), strict=True)
+    pairs = [(logits(model, [x], copied), logits(model, [y], loaded)) for x, y in turns]
+    torch.testing.assert_close(torch.cat([x for x, _ in pairs], dim=1), expected_a)
+    torch.testing.assert_close(torch.cat([y for _, y in pairs], dim=1), expected_b)
+    torch.testing.assert_close(logits(model, cut(a, *[1] * 14), cache), expected_a)
+
+
+def test_reset_forgets(model: Any) -> None:
+    cache = small(model)
+    first = generate(model, tokens(2, 50), cache)
+    cache.reset()
+    assert cache.get_seq_length() == cache.report().total.nbytes == 0
+    assert torch.equal(generate(model, tokens(2, 50), cache), first)
+    cache.reset()
+    generate(model, tokens(1, 30), cache)  # another batch
+
+
+# 8. bfloat16, torch.compile, no cache, another cache.
+
+
+def test_bfloat16(model: Any) -> None:
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    cache = small(narrow)
+    out = logits(narrow, cut(tokens(2, 80), 60, *[1] * 19), cache)
+    assert out.dtype == torch.bfloat16
+    assert bool(torch.isfinite(out).all())
+    wide = roomy(narrow)
+    plain = copy.deepcopy(narrow)
+    plain.set_attn_implementation("sdpa")
+    ids = tokens(2, 40)
+    # Eight bits of mantissa through two layers; logits are of order 3.
+    torch.testing.assert_close(logits(narrow, cut(ids, 30), wide), plain(ids).logits, rtol=0.05, atol=0.1)
+
+
+def test_without_a_cache_and_with_the_default_one(model: Any, plain: Any) -> None:
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    where = {"attention_mask": mask, "position_ids": places(mask, 40, ids)}
+    expected = plain(ids, **where).logits[mask.bool()]
+    torch.testing.assert_close(model(ids, use_cache=False, **where).logits[mask.bool()], expected)
+    default = logits(model, cut(ids, 20, 1), transformers.DynamicCache(config=model.config), mask)
+    torch.testing.assert_close(default[mask.bool()], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False),
+        plain.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False),
+    )
+
+
+def test_torch_compile(model: Any) -> None:
+    ids = tokens(1, 40)
+    expected = logits(model, cut(ids, 36, 1, 1, 1), small(model))
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    got = logits(compiled, cut(ids, 36, 1, 1, 1), small(model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+# Budgets and the report.
+
+
+def test_the_report_tells_bytes(model: Any) -> None:
+    cache = small(model, max_clusters=[12, 20])
+    logits(model, cut(tokens(2, 100), 80, *[1] * 19), cache)
+    report = cache.report()
+    assert [layer.n_clusters for layer in report.layers] == [12, 20]
+    exact = 2 * 2 * 100 * 16 * 2 * 4  # rows, heads, tokens, head_dim, keys and values, bytes
+    assert [layer.exact_nbytes for layer in report.layers] == [exact, exact]
+    assert report.total.nbytes == sum(layer.nbytes for layer in report.layers)
+    assert 0 < report.total.ratio < 1
+    assert "12" in str(report)
+    assert len(str(report).splitlines()) == 4
+
+
+def test_memory_does_not_grow(model: Any) -> None:
+    cache = small(model, prefill="streaming")
+    held = []
+    for seed in range(12):
+        logits(model, [tokens(1, 50, seed), tokens(1, 1)], cache)
+        held.append(cache.report().total.nbytes)
+    assert len(set(held[2:])) <= 4  # the window is between half full and full
+    assert max(held[6:]) <= max(held[2:6])
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, [0.5, 0.9]])
+def test_the_ratio_is_the_share_removed(model: Any, ratio: Any) -> None:
+    cache = SubGenCache(model.config, compression_ratio=ratio, window=32)
+    logits(model, [tokens(1, 400)], cache)
+    ratios = ratio if isinstance(ratio, list) else [ratio] * 2
+    for layer, removed in zip(cache.report().layers, ratios, strict=True):
+        pairs = 400 * (1 - removed)
+        # 4 sinks; the window is 32, or half of what the sinks leave.
+        assert layer.n_clusters == pytest.approx(pairs - 4 - min(32, (pairs - 4) // 2), abs=1)
+
+
+def test_chunks_with_a_ratio_are_warned_of(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cache = SubGenCache(model.config, compression_ratio=0.5)
+    with caplog.at_level(logging.WARNING, logger="subgen_torch.transformers"):
+        logits(model, cut(tokens(1, 60), 30), cache)
+    assert "max_clusters" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({}, ValueError, "give one of"),
+        ({"max_clusters": 5, "compression_ratio": 0.5}, ValueError, "give one of"),
+        ({"max_clusters": [1, 2, 3]}, ValueError, "each of the 2 layers"),
+        ({"max_clusters": 0}, ValueError, "at least 1"),
+        ({"max_clusters": 2.5}, TypeError, "integer"),
+        ({"compression_ratio": 1.0}, ValueError, "leave nothing"),
+        ({"compression_ratio": -0.1}, ValueError, "at least 0"),
+        ({"max_clusters": 5, "prefill": "fast"}, ValueError, "streaming"),
+        ({"max_clusters": 5, "window": 1}, ValueError, "window"),
+        ({"max_clusters": 5, "rollback": -1}, ValueError, "rollback"),
+    ],
+)
+def test_bad_arguments(model: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        SubGenCache(model.config, **options)
+
+
+def test_a_ratio_that_leaves_too_little(model: Any) -> None:
+    with pytest.raises(ValueError, match="leaves 3 pairs of a prompt of 30 tokens"):
+        logits(model, [tokens(1, 30)], SubGenCache(model.config, compression_ratio=0.9))
+
+
+# What must not be silently wrong.
+
+
+def test_another_attention_raises(plain: Any) -> None:
+    with pytest.raises(RuntimeError, match="enable"):
+        plain(tokens(1, 10), past_key_values=roomy(plain))
+
+
+def test_masks_that_are_not_about_this_stream(model: Any) -> None:
+    ids, mask = tokens(2, 20), torch.ones(2, 21, dtype=torch.long)
+    mask[0, :5] = 0
+    cache = small(model)
+    logits(model, [ids], cache, mask)
+    one = tokens(2, 1)
+    for changed, match in [
+        (None, "no attention_mask"),
+        (torch.ones(2, 21), "cannot be masked later"),
+        (mask[:, :20], "21 columns"),
+    ]:
+        fresh = copy.deepcopy(cache)
+        with pytest.raises(ValueError, match=match):
+            model(one, past_key_values=fresh, attention_mask=changed)
+    with pytest.raises(ValueError, match="two dimensions"):
+        model(one, past_key_values=copy.deepcopy(cache), attention_mask=torch.zeros(2, 1, 1, 21))
+    with pytest.raises(ValueError, match="batch of 2 rows"):
+        model(tokens(3, 1), past_key_values=copy.deepcopy(cache), attention_mask=torch.ones(3, 21))
+
+
+def test_training_is_refused(model: Any) -> None:
+    trained = copy.deepcopy(model).requires_grad_(True)
+    loss = trained(tokens(1, 10), past_key_values=roomy(trained)).logits.sum()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        loss.backward()
+
+
+def test_enable_and_disable() -> None:
+    model = build("Llama", attention="sdpa")
+    enable(model)
+    enable(model)
+    assert model.config._attn_implementation == "subgen"
+    disable(model)
+    disable(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+WORKING = {
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Mixtral": {"sliding_window": None, "num_local_experts": 2},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Gemma": {"head_dim": 16},
+    "Phi": {},
+    "Phi3": {},
+    "Olmo2": {},
+    "Cohere": {},
+    "Starcoder2": {"sliding_window": None},
+    "Granite": {},
+    "SmolLM3": {},
+    "GPTNeoX": {},
+    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 64},
+}
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_families_that_work(family: str) -> None:
+    if family == "OPT" and OLD:
+        pytest.skip("makes masks of its own before transformers 5.11")
+    plain, model = build(family, "sdpa", **WORKING[family]), build(family, **WORKING[family])
+    ids = tokens(2, 50)
+    expected = plain(ids).logits
+    got = logits(model, cut(ids, 40, 1, 1), roomy(model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    generate(model, ids, small(model), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Qwen2"])
+def test_layers_that_slide_stay_exact(family: str) -> None:
+    more = {
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "head_dim": 16,
+    }
+    name = "Gemma3" if family == "Gemma3" else family
+    config = "Gemma3Text" if name == "Gemma3" else name
+    plain, model = (build_sliding(config, name, attention, more) for attention in ("sdpa", "subgen"))
+    ids = tokens(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    where = {"attention_mask": mask, "position_ids": places(mask, 50, ids)}
+    expected = plain(ids, **where).logits
+    cache = roomy(model)
+    got = logits(model, cut(ids, 40, 1, 1), cache, mask)
+    torch.testing.assert_close(
+        got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
+    assert [layer.kind for layer in cache.report().layers] == ["exact", "sketch", "exact"]
+
+
+def build_sliding(config: str, family: str, attention: str, more: dict[str, Any]) -> Any:
+    settings = getattr(transformers, f"{config}Config")(**{**SIZES, **more})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
+    model.set_attn_implementation("sdpa")
+    if attention == "subgen":
+        enable(model)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "match"),
+    [
+        ("Falcon", {}, "own code"),
+        ("Bloom", {}, "own code"),
+        ("StableLm", {}, "own code"),
+        ("Mpt", {"n_heads": 4, "d_model": 64, "n_layers": 2}, "own code"),
+        ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "own code"),
+        ("Gemma2", {"head_dim": 16}, "caps its logits"),
+        ("Mistral", {"sliding_window": 16}, "nothing to compress"),
+        ("DeepseekV3", {"first_k_dense_replace": 2, "q_lora_rank": None, "num_key_value_heads": 4}, "MLA"),
+    ],
+)
+def test_families_that_are_refused(family: str, more: dict[str, Any], match: str) -> None:
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **more})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(ValueError, match=match):
+        enable(model)
+
+
+def test_learned_sinks_are_refused() -> None:
+    model = build(
+        "GptOss", "eager", num_local_experts=2, head_dim=16, layer_types=["full_attention", "sliding_attention"]
+    )
+    enable(model)
+    with pytest.raises(ValueError, match="learned attention sinks"):
+        model(tokens(1, 10), past_key_values=roomy(model))
+
+
+def test_models_with_an_encoder_are_refused() -> None:
+    with pytest.raises(ValueError, match="encoder"):
+        SubGenCache(transformers.T5Config(), max_clusters=8)
