@@ -1,0 +1,101 @@
+"""CuPy as the device: compiles modules when they are first needed and launches their kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ._launch import Array, Launch, Module, element
+
+__all__ = ["CupyDevice", "KernelError", "device_of"]
+
+# What a vector load needs; a view may start anywhere.
+_ALIGNMENT = 16
+
+
+class KernelError(RuntimeError):
+    """The kernels could not be compiled for this device."""
+
+
+@lru_cache(maxsize=None)
+def _function(device: int, module: Module, kernel: str) -> Any:
+    """Compile for the current device, whose number is part of the key; CuPy keeps the result on disk."""
+    import cupy
+
+    try:
+        return _module(device, module).get_function(kernel)
+    except cupy.cuda.compiler.CompileException as error:
+        raise KernelError(
+            f"{module.file} does not compile for device {device} with {module.preamble()!r}: {error}"
+        ) from error
+
+
+@lru_cache(maxsize=None)
+def _module(device: int, module: Module) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=module.source(), options=("--std=c++17",))
+
+
+@lru_cache(maxsize=None)
+def _multiprocessors(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@dataclass(frozen=True)
+class CupyDevice:
+    """A CUDA device through CuPy, on CuPy's current stream; see `subgen_cupy._launch.Device`."""
+
+    number: int
+
+    @property
+    def xp(self) -> Any:
+        """CuPy."""
+        import cupy
+
+        return cupy
+
+    @property
+    def multiprocessors(self) -> int:
+        """Streaming multiprocessors."""
+        return _multiprocessors(self.number)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Allocate from CuPy's pool."""
+        with self.xp.cuda.Device(self.number):
+            return self.xp.empty(shape, dtype=dtype)
+
+    def packed(self, x: Array, dtype: str | None = None) -> Array:
+        """Copy if need be."""
+        xp = self.xp
+        with xp.cuda.Device(self.number):
+            if dtype is not None and element(x.dtype) != dtype:
+                x = x.astype(_dtype(dtype))
+            x = xp.ascontiguousarray(x)
+            return x if self.pointer(x) % _ALIGNMENT == 0 else x.copy()
+
+    def pointer(self, x: Array) -> int:
+        """Return the address of the first element."""
+        return int(x.data.ptr)
+
+    def run(self, launch: Launch) -> None:
+        """Launch on the current stream of the device."""
+        with self.xp.cuda.Device(self.number):
+            function = _function(self.number, launch.module, launch.kernel)
+            function((launch.blocks,), (launch.threads,), tuple(launch.arguments), shared_mem=launch.shared)
+
+
+def _dtype(name: str) -> Any:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return name
+
+
+def device_of(x: Array) -> CupyDevice:
+    """Return the device of a CuPy array."""
+    return CupyDevice(int(x.device.id))

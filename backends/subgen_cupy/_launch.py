@@ -1,0 +1,122 @@
+"""What a kernel is launched with, apart from who launches it.
+
+The modules beside this one turn shapes and pointers into `Launch` objects. A `Device` runs them: CuPy on a GPU
+(`_cupy.py`), an emulation on the CPU in the tests, and in time torch's CUDA tensors. So geometry, arguments and order
+of the launches are tested without a GPU too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = ["ELEMENTS", "MAX_SHARED", "Device", "Launch", "Module", "address", "ceil_div", "element", "f32", "f64", "i32", "i64"]
+
+Array = Any
+
+#: Names of dtypes, and the types of kernels/common.cuh that keys and values of that dtype are read as.
+ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+
+#: Shared memory that every device gives a block without being asked for more.
+MAX_SHARED = 48 << 10
+
+# Arguments travel as NumPy scalars: their size is then the size of the kernel's parameter, whoever launches it.
+i32, i64, f32, f64 = np.int32, np.int64, np.float32, np.float64
+
+
+def element(dtype: object) -> str:
+    """Name of a dtype of any library: ``"bfloat16"`` for ``torch.bfloat16``, ``ml_dtypes.bfloat16`` and others."""
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Divide, rounding up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A file of kernels and the definitions put before it; equal ones are compiled once per device.
+
+    Parameters
+    ----------
+    file : str
+        Name in the folder ``kernels``.
+    types : tuple of (str, str)
+        Each becomes ``typedef <second> <first>;``.
+    constants : tuple of (str, int)
+        Each becomes ``#define <first> <second>``.
+    """
+
+    file: str
+    types: tuple[tuple[str, str], ...] = ()
+    constants: tuple[tuple[str, int], ...] = ()
+
+    def preamble(self) -> str:
+        """Return the definitions."""
+        types = "".join(f"typedef {name} {alias};\n" for alias, name in self.types)
+        return types + "".join(f"#define {name} {value}\n" for name, value in self.constants)
+
+    def source(self) -> str:
+        """Return all of the CUDA C++ there is to compile."""
+        folder = files("subgen_cupy") / "kernels"
+        common, kernels = ((folder / name).read_text(encoding="utf-8") for name in ("common.cuh", self.file))
+        return f"{common}\n{self.preamble()}\n{kernels}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel on one grid.
+
+    Parameters
+    ----------
+    module : Module
+    kernel : str
+        Its ``extern "C"`` name.
+    blocks, threads : int
+        All grids here are one-dimensional: no limit of 65535.
+    arguments : sequence of NumPy scalars
+        Pointers as uint64.
+    shared : int
+        Bytes of dynamic shared memory.
+    """
+
+    module: Module
+    kernel: str
+    blocks: int
+    threads: int
+    arguments: Sequence[Any]
+    shared: int = 0
+
+
+class Device(Protocol):
+    """Where arrays live and kernels run. Launches run in order; none of the methods waits for them."""
+
+    @property
+    def xp(self) -> Any:
+        """The namespace of the arrays, for matrix products."""
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many processors the blocks of a kernel are spread over."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Return a C-contiguous array, not initialised."""
+
+    def packed(self, x: Array, dtype: str | None = None) -> Array:
+        """Return the array, or a copy, so that it is C-contiguous, of a dtype and aligned to 16 bytes."""
+
+    def pointer(self, x: Array) -> int:
+        """Return the address of the first element."""
+
+    def run(self, launch: Launch) -> None:
+        """Put a launch into the queue."""
+
+
+def address(device: Device, x: Array | None) -> Any:
+    """Return the pointer argument for an array; null for None."""
+    return np.uint64(0 if x is None else device.pointer(x))

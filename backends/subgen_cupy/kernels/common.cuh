@@ -1,0 +1,41 @@
+// Put before every other file: the types keys are stored in, and sums over a warp. No header of the CUDA toolkit is
+// needed, so the driver's compiler alone is enough.
+
+struct float16 { unsigned short bits; };
+struct bfloat16 { unsigned short bits; };
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bfloat16 x) { return __int_as_float((int)((unsigned)x.bits << 16)); }
+__device__ __forceinline__ float widen(float16 x) {
+#ifdef CUDA_EMULATION
+  return emulation::half_to_float(x.bits);
+#else
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#endif
+}
+
+constexpr unsigned EVERY_LANE = 0xffffffffu;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(EVERY_LANE, x, step);
+  return x;
+}
+
+// The smallest number of a warp and the first index that has it, known to every lane.
+template <class T>
+__device__ __forceinline__ void warp_argmin(T& least, int& index) {
+  for (int step = 16; step; step /= 2) {
+    const T other = __shfl_xor_sync(EVERY_LANE, least, step);
+    const int other_index = __shfl_xor_sync(EVERY_LANE, index, step);
+    if (other < least || (other == least && other_index < index)) {
+      least = other;
+      index = other_index;
+    }
+  }
+}
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }

@@ -1,0 +1,140 @@
+"""Runs the CUDA kernels of a backend on the CPU: `EmulatedDevice` stands in for a GPU in the tests.
+
+The same launches that a GPU gets, with the addresses of NumPy arrays; see `emulation.h` for what a launch does here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from subgen_cupy._launch import Launch, Module, element
+
+__all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library"]
+
+_HERE = Path(__file__).parent
+_KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(")
+_DYNAMIC = re.compile(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\s*\[\s*\]\s*;")
+
+
+class EmulationError(RuntimeError):
+    """A launch did what is undefined on a GPU."""
+
+
+def compiler() -> str | None:
+    """Path of g++, or None."""
+    return shutil.which("g++")
+
+
+@functools.lru_cache(maxsize=None)
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="cuda_emulation_")
+
+
+def build(source: str, sanitize: bool = False) -> Path:
+    """Compile CUDA C++ to a library for ctypes."""
+    text = _DYNAMIC.sub(r"EMULATION_DYNAMIC_SHARED(\1, \2);", source)
+    exports = "\n".join(f"EMULATION_EXPORT({name})" for name in _KERNEL.findall(source))
+    folder = Path(tempfile.mkdtemp(dir=_folder().name))
+    unit, target = folder / "kernels.cpp", folder / "kernels.so"
+    # Lines are counted from the source's first, so that a barrier can be named by its line.
+    unit.write_text(f'#include "emulation.h"\nusing std::min; using std::max;\n#line 1 "kernels.cu"\n{text}\n{exports}\n')
+    flags = ["-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else ["-O2"]
+    # Products and sums round separately, as in NumPy: the discrete decisions can then be compared to the last bit.
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", f"-I{_HERE}", *flags, str(unit)]
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+    if done.returncode:
+        raise EmulationError(done.stderr)
+    return target
+
+
+@functools.lru_cache(maxsize=None)
+def library(source: str, sanitize: bool = False) -> ctypes.CDLL:
+    """Compile, once."""
+    return ctypes.CDLL(str(build(source, sanitize)))
+
+
+def barriers(module: Module) -> list[int]:
+    """Lines of the barriers in the source of a module."""
+    return [
+        number
+        for number, line in enumerate(module.source().splitlines(), 1)
+        if re.search(r"__sync(threads|warp)\(\)", line.split("//")[0])
+    ]
+
+
+@dataclass
+class EmulatedDevice:
+    """A device for NumPy arrays; see `subgen_cupy._launch.Device`.
+
+    Parameters
+    ----------
+    seed : int
+        Order of blocks and threads; 0 is their natural order.
+    removed : int
+        Line of a barrier to leave out, -1 for none.
+    """
+
+    seed: int = 1
+    removed: int = -1
+    multiprocessors: int = 4
+    sanitize: bool = False
+    launches: list[Launch] = field(default_factory=list)
+    xp: Any = np
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Filled with NaN, or with all bits set: what is not written shows."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.full(size, 255, dtype=np.uint8).view(dtype).reshape(shape)
+
+    def packed(self, x: Any, dtype: str | None = None) -> Any:
+        kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype or element(x.dtype), dtype or x.dtype)
+        x = np.require(x, dtype=kind, requirements="CA")
+        if x.ctypes.data % 16:
+            room = np.empty(x.nbytes + 16, dtype=np.uint8)
+            start = -room.ctypes.data % 16
+            aligned = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+            aligned[...] = x
+            x = aligned
+        return x
+
+    def pointer(self, x: Any) -> int:
+        return int(x.ctypes.data)
+
+    def run(self, launch: Launch) -> None:
+        self.launches.append(launch)
+        function = getattr(library(launch.module.source(), self.sanitize), f"emulated_{launch.kernel}")
+        function.restype = ctypes.c_char_p
+        cells = [np.array(argument).reshape(1) for argument in launch.arguments]
+        pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
+        sizes = (ctypes.c_uint * len(cells))(*(cell.itemsize for cell in cells))
+        dims = (ctypes.c_uint * 6)(launch.blocks, 1, 1, launch.threads, 1, 1)
+        error = function(
+            dims,
+            ctypes.c_size_t(launch.shared),
+            pointers,
+            sizes,
+            ctypes.c_uint(len(cells)),
+            ctypes.c_uint64(self.seed),
+            ctypes.c_int(self.removed),
+        )
+        if error:
+            raise EmulationError(f"{launch.kernel}: {error.decode()}")
+
+
+def sanitizer() -> str | None:
+    """Path of the address sanitizer's library, which a process must start with, or None."""
+    if compiler() is None:
+        return None
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    return found if os.path.isabs(found) else None

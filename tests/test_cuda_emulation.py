@@ -1,0 +1,227 @@
+"""The emulation of CUDA on the CPU: what it gives to kernels, and which mistakes it finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cuda_emulation
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_emulation import EmulatedDevice, EmulationError
+from subgen_cupy._launch import Launch, address, i32
+
+pytestmark = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="g++ is not installed")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A module written out in a test."""
+
+    text: str
+
+    def source(self) -> str:
+        return self.text
+
+
+def run(kernel: str, text: Text, threads: int, *arguments: object, shared: int = 0, **options: int) -> None:
+    device = EmulatedDevice(**options)
+    arguments = tuple(address(device, a) if isinstance(a, np.ndarray) else a for a in arguments)
+    device.run(Launch(text, kernel, 1, threads, arguments, shared))  # type: ignore[arg-type]
+
+
+WARP = Text("""
+extern "C" __global__ void shuffles(int* out) {
+  const int t = threadIdx.x;
+  int* row = out + t * 10;
+  row[0] = __shfl_sync(0xffffffffu, t, 3);
+  row[1] = __shfl_sync(0xffffffffu, t, 3, 8);
+  row[2] = __shfl_up_sync(0xffffffffu, t, 2, 8);
+  row[3] = __shfl_down_sync(0xffffffffu, t, 2, 8);
+  row[4] = __shfl_xor_sync(0xffffffffu, t, 5);
+  row[5] = __shfl_xor_sync(0xffffffffu, t, 8, 8);
+  row[6] = (int)__ballot_sync(0xffffffffu, t % 32 == 1 || t % 32 == 31);
+  row[7] = __any_sync(0xffffffffu, t == 40) * 2 + __all_sync(0xffffffffu, t < 32);
+  row[8] = -1;
+  if (t % 32 < 4) row[8] = __shfl_xor_sync(0xfu, t, 1);
+  __syncwarp();
+  double wide = t + 0.5;
+  row[9] = (int)(2 * __shfl_down_sync(0xffffffffu, wide, 1));
+}
+""")
+
+
+def test_shuffles_and_votes() -> None:
+    out = np.zeros((64, 10), dtype=np.int32)
+    run("shuffles", WARP, 64, out, seed=3)
+    t = np.arange(64)
+    lane, warp = t % 32, t // 32 * 32
+    eighth = lane % 8
+    expected = [
+        warp + 3,
+        warp + lane // 8 * 8 + 3,
+        np.where(eighth >= 2, t - 2, t),
+        np.where(eighth + 2 < 8, t + 2, t),
+        t ^ 5,
+        np.where(lane & 8, t ^ 8, t),  # from an earlier group of 8, but not from a later one
+        np.full(64, (1 << 31 | 2) - (1 << 32)),
+        np.where(t < 32, 1, 2),
+        np.where(lane < 4, t ^ 1, -1),
+        np.where(lane < 31, 2 * t + 3, 2 * t + 1),
+    ]
+    np.testing.assert_array_equal(out, np.stack(expected, axis=1))
+
+
+ATOMICS = Text("""
+extern "C" __global__ void atomics(int* out, float* sum, unsigned long long* wide) {
+  const int t = threadIdx.x;
+  atomicAdd(&out[0], 1);
+  atomicMin(&out[1], 100 - t);
+  atomicMax(&out[2], t);
+  if (atomicCAS(&out[3], 0, t + 1) == 0) atomicExch(&out[4], t + 1);
+  atomicAdd(sum, 0.5f);
+  atomicAdd(wide, 1ull << 40);
+  __threadfence();
+}
+""")
+
+
+def test_atomics() -> None:
+    out, total, wide = np.zeros(5, dtype=np.int32), np.zeros(1, dtype=np.float32), np.zeros(1, dtype=np.uint64)
+    out[1] = 1000
+    run("atomics", ATOMICS, 96, out, total, wide)
+    assert out[:3].tolist() == [96, 5, 95]
+    assert out[3] == out[4] > 0
+    assert total[0] == 48.0
+    assert wide[0] == 96 << 40
+
+
+HALVES = Text("""
+extern "C" __global__ void widen(const __half* a, const __nv_bfloat16* b, float* x, float* y, int n) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) { x[i] = __half2float(a[i]); y[i] = __bfloat162float(b[i]); }
+}
+""")
+
+
+def test_every_16_bit_number_widens() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    x, y = np.zeros((2, 1 << 16), dtype=np.float32)
+    run("widen", HALVES, 256, bits, bits, x, y, i32(1 << 16))
+    np.testing.assert_array_equal(x, bits.view(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(y, bits.view(ml_dtypes.bfloat16).astype(np.float32))
+
+
+REVERSE = Text("""
+extern "C" __global__ void reverse(const int* in, int* out, int n) {
+  extern __shared__ int shared[];
+  __shared__ int offset;
+  if (threadIdx.x == n - 1) offset = 7;
+  shared[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = shared[n - 1 - threadIdx.x] + offset;
+}
+""")
+
+
+@pytest.mark.parametrize("threads", [1, 31, 64, 100])
+def test_shared_memory_with_its_barrier_is_right_in_every_order(threads: int) -> None:
+    x, out = np.arange(threads, dtype=np.int32), np.zeros(threads, dtype=np.int32)
+    for seed in range(5):
+        run("reverse", REVERSE, threads, x, out, i32(threads), shared=4 * threads, seed=seed)
+        np.testing.assert_array_equal(out, x[::-1] + 7)
+
+
+def test_a_missing_barrier_is_found() -> None:
+    x, out = np.arange(64, dtype=np.int32), np.zeros(64, dtype=np.int32)
+    (line,) = cuda_emulation.barriers(REVERSE)  # type: ignore[arg-type]
+    for seed in range(5):
+        run("reverse", REVERSE, 64, x, out, i32(64), shared=256, seed=seed, removed=line)
+        assert not np.array_equal(out, x[::-1] + 7)
+
+
+MISTAKES = Text("""
+extern "C" __global__ void some_leave_it_out(int* out) { if (threadIdx.x < 7) __syncthreads(); }
+extern "C" __global__ void two_places(int* out) {
+  if (threadIdx.x < 32) __syncthreads();
+  else
+    __syncthreads();
+}
+extern "C" __global__ void half_a_warp(int* out) { if (threadIdx.x < 7) __syncwarp(); else __syncthreads(); }
+extern "C" __global__ void absent_lane(int* out) { if (threadIdx.x < 4) out[0] = __shfl_sync(0xfu, 1, 9); }
+extern "C" __global__ void not_in_its_mask(int* out) { out[0] = __shfl_sync(0xfu, 1, 0); }
+extern "C" __global__ void unset(float* out) { __shared__ float x[2]; out[threadIdx.x] = x[threadIdx.x]; }
+""")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("some_leave_it_out", "some threads left out"),
+        ("two_places", "two places at once"),
+        ("half_a_warp", "deadlock"),
+        ("absent_lane", "takes no part"),
+        ("not_in_its_mask", "leaves out"),
+    ],
+)
+def test_undefined_behaviour_is_an_error(kernel: str, message: str) -> None:
+    with pytest.raises(EmulationError, match=f"{kernel}: .*{message}"):
+        run(kernel, MISTAKES, 64, np.zeros(1, dtype=np.int32))
+
+
+def test_unset_shared_memory_is_not_a_number() -> None:
+    out = np.zeros(2, dtype=np.float32)
+    run("unset", MISTAKES, 2, out)
+    assert np.isnan(out).all()
+
+
+def test_arguments_of_the_wrong_size_or_number_are_refused() -> None:
+    x = np.zeros(4, dtype=np.int32)
+    with pytest.raises(EmulationError, match="wrong size"):
+        run("reverse", REVERSE, 4, x, x, np.int64(4), shared=16)
+    with pytest.raises(EmulationError, match="wrong number"):
+        run("reverse", REVERSE, 4, x, x, shared=16)
+
+
+def test_source_that_does_not_compile_says_why() -> None:
+    with pytest.raises(EmulationError, match="no_such_name"):
+        run("broken", Text('extern "C" __global__ void broken() { no_such_name(); }'), 1)
+
+
+OUT_OF_BOUNDS = """
+import numpy as np
+from cuda_emulation import EmulatedDevice
+from subgen_cupy._launch import Launch, address, i32
+from test_cuda_emulation import REVERSE
+device = EmulatedDevice(sanitize=True)
+x, out = np.arange(8, dtype=np.int32), np.zeros(8, dtype=np.int32)
+device.run(Launch(REVERSE, "reverse", 1, 8, [address(device, x), address(device, out), i32({n})], 32))
+print(out.tolist())
+"""
+
+
+@pytest.mark.parametrize(("n", "right"), [(8, True), (20, False)])
+def test_the_address_sanitizer_sees_what_lies_outside(n: int, right: bool) -> None:
+    asan = cuda_emulation.sanitizer()
+    if asan is None:
+        pytest.skip("the address sanitizer is not installed")
+    done = sanitized(asan, OUT_OF_BOUNDS.format(n=n))
+    if right:
+        assert done.stdout.strip() == str(list(range(14, 6, -1))), done.stderr
+    else:
+        assert "heap-buffer-overflow" in done.stderr
+        assert "kernels.cu:8" in done.stderr
+
+
+def sanitized(asan: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program under the address sanitizer."""
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0,detect_stack_use_after_return=0",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
