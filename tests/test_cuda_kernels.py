@@ -1,0 +1,349 @@
+"""The CUDA kernels against the portable operations: executed on the CPU by emulation, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cuda_labs
+import numpy as np
+import pytest
+from cuda_labs import DTYPES, Lab
+from subgen_cupy import _attention, _leaders, _merging, _threefry, attend_clusters, merge_closest
+
+from subgen import merging
+from subgen.backends import PORTABLE
+from subgen.means import log_weights
+from subgen.merging import Means
+
+# Sums of a few hundred float32 terms of order 1, in another order than the reference's.
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.fixture(params=["emulation", pytest.param("gpu", marks=pytest.mark.gpu)])
+def lab(request: pytest.FixtureRequest) -> Lab:
+    return cuda_labs.gpu() if request.param == "gpu" else cuda_labs.emulation()
+
+
+# Weighted attention
+
+
+def written_out(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted attention in float64; weights of shape (streams, m, n)."""
+    logits = queries.astype(np.float64) @ keys.astype(np.float64).swapaxes(1, 2)
+    logits = np.where(np.isneginf(weights), -np.inf, logits + weights)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        peak = np.where(np.isneginf(logits).all(axis=-1), 0.0, logits.max(axis=-1))[..., None]
+        p = np.exp(logits - peak)
+        total = p.sum(axis=-1, keepdims=True)
+        return np.where(total > 0, p @ values.astype(np.float64) / total, 0.0), (np.log(total) + peak)[..., 0]
+
+
+def attention_case(rng: np.random.Generator, dtype: str, head_dim: int, value_dim: int, streams: int, rows: int) -> Any:
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(DTYPES[dtype])
+
+    def pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
+        return draw(streams, n, head_dim), draw(streams, n, value_dim)
+
+    queries = rng.normal(size=(streams, rows, head_dim)).astype(np.float32)
+    return queries, pairs
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"),
+    [
+        ("float32", 64, 64),
+        ("float32", 128, 128),
+        ("float32", 3, 5),
+        ("float16", 80, 80),
+        ("float16", 128, 128),
+        ("bfloat16", 8, 64),
+        ("bfloat16", 64, 64),
+        ("bfloat16", 128, 128),
+        ("bfloat16", 288, 256),
+    ],
+)
+def test_a_decoding_step_over_exact_pairs_and_clusters(
+    lab: Lab, dtype: str, head_dim: int, value_dim: int, seed: int
+) -> None:
+    lab = lab.seeded(seed)
+    rng = np.random.default_rng(seed)
+    streams, rows = 3, (4, 7, 5)[seed - 1]
+    n, c = ((37, 53), (1, 300), (130, 1))[seed - 1]
+    queries, pairs = attention_case(rng, dtype, head_dim, value_dim, streams, rows)
+    exact, means = pairs(n), pairs(c)
+    counts = rng.integers(0, 6, size=(streams, c)).astype(np.float32)
+    counts[:, 0] = 1
+    spread = (rng.random((streams, c, merging.bands(head_dim))) * 0.2).astype(np.float32)
+    scale = 0.7
+    arrays = [[lab.put(x) for x in group] for group in (exact, (*means, counts, spread))]
+    got = attend_clusters(lab.put(queries), scale, (*arrays[0], None), tuple(arrays[1]), device=lab.device)
+
+    scaled = queries.astype(np.float64) * scale
+    weights = np.concatenate([np.zeros((streams, rows, n)), log_weights(scaled, counts, spread)], axis=-1)
+    both = [np.concatenate([a.astype(np.float32), b.astype(np.float32)], axis=1) for a, b in zip(exact, means, strict=True)]
+    outputs, logsumexp = written_out(scaled, *both, weights)
+    np.testing.assert_allclose(lab.get(got[0]), outputs, **TOLERANCE)
+    np.testing.assert_allclose(lab.get(got[1]), logsumexp, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3), (1, 3)])
+def test_log_weights_of_every_shape(lab: Lab, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(4)
+    queries, pairs = attention_case(rng, "float32", 64, 64, 2, 3)
+    keys, values = pairs(70)
+    weights = rng.normal(size=(*shape, 70)).astype(np.float32)
+    weights[..., rng.random(70) < 0.3] = -np.inf
+    weights[-1, -1, :] = -np.inf
+    keys[:, np.isneginf(weights).all(axis=(0, 1))] = np.nan  # what has no weight in any row is not looked at
+    got = _attention.attend(
+        lab.device, lab.put(queries), 1.0, (lab.put(keys), lab.put(values), lab.put(weights)), None
+    )
+    expected = written_out(queries, np.nan_to_num(keys), values, np.broadcast_to(weights, (2, 3, 70)))
+    np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
+    np.testing.assert_allclose(lab.get(got[1]), expected[1], **TOLERANCE)
+    assert np.isneginf(lab.get(got[1])[-1, -1])
+    assert not lab.get(got[0])[-1, -1].any()
+
+
+def test_logits_of_any_size(lab: Lab) -> None:
+    rng = np.random.default_rng(5)
+    queries, pairs = attention_case(rng, "float32", 64, 64, 1, 4)
+    keys, values = pairs(40)
+    weights = np.float32([[[1e4]], [[-1e4]]]) + np.zeros((2, 1, 40), dtype=np.float32)
+    both = [np.concatenate([x, x]) for x in (queries * 30, keys, values)]
+    got = _attention.attend(lab.device, lab.put(both[0]), 1.0, (*map(lab.put, both[1:]), lab.put(weights)), None)
+    expected = written_out(*both, np.broadcast_to(weights, (2, 4, 40)))
+    # Logits of order 1e4 in float32 are known to 1e-3: so are the weights, relatively.
+    np.testing.assert_allclose(lab.get(got[0]), expected[0], rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(lab.get(got[1]), expected[1], rtol=1e-6)
+
+
+def test_queries_in_the_dtype_of_the_keys_and_arrays_that_start_anywhere(lab: Lab) -> None:
+    rng = np.random.default_rng(6)
+    queries, pairs = attention_case(rng, "bfloat16", 64, 64, 1, 4)
+    keys, values = pairs(11)
+    queries = queries.astype(DTYPES["bfloat16"])
+    shifted = [lab.put(np.concatenate([x[..., :1], x], axis=-1))[..., 1:] for x in (queries, keys, values)]
+    got = attend_clusters(shifted[0], 1.0, (*shifted[1:], None), None, device=lab.device)
+    expected = written_out(queries, keys, values, np.zeros((1, 4, 11)))
+    np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
+
+
+def test_a_decoding_step_is_two_launches() -> None:
+    lab = cuda_labs.emulation()
+    rng = np.random.default_rng(7)
+    queries, pairs = attention_case(rng, "bfloat16", 64, 64, 2, 4)
+    exact, means = pairs(9), pairs(9)
+    ones = np.ones((2, 9), dtype=np.float32)
+    attend_clusters(queries, 1.0, (*exact, None), (*means, ones, np.zeros((2, 9, 4), np.float32)), device=lab.device)
+    assert [launch.kernel for launch in lab.device.launches] == ["attend_split", "attend_join"]  # type: ignore[attr-defined]
+
+
+# Threefry
+
+
+def test_threefry_matches_the_known_answers_and_the_portable_words(lab: Lab) -> None:
+    # The known-answer vectors of Random123 for threefry2x32, 20 rounds.
+    ones, pi = 0xFFFFFFFF, (0x13198A2E, 0x03707344, 0x243F6A88, 0x85A308D3)
+    known = [((0, 0, 0, 0), (0x6B200159, 0x99BA4EFE)), ((ones,) * 4, (0x1CB996FC, 0xBB002BE7)), (pi, (0xC4923A9C, 0x483DF7A0))]
+    words = np.array([case[0] for case in known], dtype=np.int64).T
+    got = _threefry.threefry(lab.device, tuple(lab.put(word) for word in words))
+    assert [tuple(int(x) for x in pair) for pair in zip(*map(lab.get, got), strict=True)] == [case[1] for case in known]
+    words = np.random.default_rng(0).integers(0, 1 << 32, size=(4, 7, 101))
+    got = _threefry.threefry(lab.device, tuple(lab.put(word) for word in words))
+    for mine, portable in zip(got, PORTABLE["threefry2x32"](*words), strict=True):
+        np.testing.assert_array_equal(lab.get(mine), portable)
+
+
+# Leaders
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("seed", "n", "capacity", "head_dim", "delta"),
+    [(1, 1, 8, 64, 1.0), (2, 45, 8, 2, 2.0), (3, 70, 40, 3, 3.0), (4, 33, 64, 80, 40.0), (5, 40, 8, 2, 0.0)],
+)
+def test_leaders_decide_as_the_portable_rule(
+    lab: Lab, dtype: str, seed: int, n: int, capacity: int, head_dim: int, delta: float
+) -> None:
+    lab = lab.seeded(seed)
+    rng = np.random.default_rng(seed)
+    streams = 3
+    # Small integers: every distance is exact, and ties abound.
+    keys = rng.integers(-4, 5, size=(streams, n, head_dim)).astype(DTYPES[dtype])
+    centres = rng.integers(-4, 5, size=(streams, capacity, head_dim)).astype(DTYPES[dtype])
+    n_clusters = np.array([0, capacity // 2, capacity])
+    got = _leaders.leaders(lab.device, *map(lab.put, (keys, centres, n_clusters)), delta)
+    wide = np.float64 if dtype == "float64" else np.float32
+    expected = PORTABLE["assign_leaders"](keys.astype(wide), centres.astype(wide), n_clusters, delta)
+    np.testing.assert_array_equal(lab.get(got[0]), expected[0])
+    np.testing.assert_array_equal(lab.get(got[1]), expected[1])
+
+
+# Merging
+
+
+def means_case(rng: np.random.Generator, streams: int, n: int, head_dim: int, value_dim: int) -> Means:
+    """Clusters whose costs are exact in float32: small integers about a mean of zero, counts and weights powers of two."""
+    half = n // 2
+    keys = rng.integers(-3, 4, size=(streams, half, head_dim))
+    keys = np.concatenate([keys, -keys, np.zeros((streams, n - 2 * half, head_dim))], axis=1)
+    counts = 2.0 ** rng.integers(0, 3, size=(streams, half))
+    counts = np.concatenate([counts, counts, np.ones((streams, n - 2 * half))], axis=1)
+    dead = rng.random((streams, half)) < 0.1
+    counts = np.where(np.concatenate([dead, dead, np.zeros((streams, n - 2 * half), bool)], axis=1), 0.0, counts)
+    values = rng.integers(-3, 4, size=(streams, n, value_dim))
+    spread = rng.integers(0, 4, size=(streams, n, merging.bands(head_dim)))
+    importance = 2.0 ** rng.integers(-1, 2, size=(streams, n))
+    order = rng.permutation(n)
+    arrays = (keys, values, counts, spread, importance)
+    return Means(*(np.ascontiguousarray(x[:, order]).astype(np.float32) for x in arrays))
+
+
+def rounds_of_mutual_neighbours(costs: np.ndarray, surplus: int) -> dict[int, int]:
+    """Second of each pair by its first: the matching of one stream, written out."""
+    pairs: dict[int, int] = {}
+    free = [True] * len(costs)
+    while surplus > 0:
+        masked = np.where(np.array(free)[None, :], costs, np.inf)
+        nearest = [int(np.argmin(row)) for row in masked]
+        round_ = [
+            (masked[i, j], i, j)
+            for i, j in enumerate(nearest)
+            if free[i] and i < j and nearest[j] == i and masked[i, j] < np.inf
+        ]
+        if not round_:
+            break
+        for _, i, j in sorted(round_)[:surplus]:
+            pairs[i] = j
+            free[i] = free[j] = False
+        surplus -= min(surplus, len(round_))
+    return pairs
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize(("n", "most"), [(1, 1), (2, 1), (37, 30), (64, 20), (100, 60), (150, 149), (33, 40), (40, 1)])
+def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most: int, seed: int) -> None:
+    lab = lab.seeded(seed)
+    rng = np.random.default_rng(seed)
+    streams = 2
+    costs = rng.integers(0, 4 if seed % 2 else 1000, size=(streams, n, n)).astype(np.float32)
+    costs = np.minimum(costs, costs.swapaxes(1, 2))
+    counts = (rng.random((streams, n)) < 0.9).astype(np.float32)
+    possible = (counts[:, :, None] > 0) & (counts[:, None, :] > 0) & ~np.eye(n, dtype=bool)
+    costs[~possible] = np.inf
+    places = min(n, most + 3)
+    source, other = map(lab.get, _merging.match(lab.device, lab.put(costs), lab.put(counts), most, places))
+    for s in range(streams):
+        live = [i for i in range(n) if counts[s, i] > 0]
+        pairs = rounds_of_mutual_neighbours(costs[s], len(live) - most)
+        gone = set(pairs.values())
+        kept = [i for i in live if i not in gone]
+        expected = [(i, pairs.get(i, -1)) for i in kept] + [(i, -2) for i in range(n) if i not in kept]
+        assert list(zip(source[s].tolist(), other[s].tolist(), strict=True)) == expected[:places]
+
+
+@pytest.mark.parametrize(("n", "head_dim", "value_dim"), [(1, 8, 8), (31, 8, 3), (70, 64, 64)])
+def test_costs_equal_the_portable_ones_to_the_last_bit(lab: Lab, n: int, head_dim: int, value_dim: int) -> None:
+    rng = np.random.default_rng(8)
+    means = means_case(rng, 2, n, head_dim, value_dim)
+    value_scale = np.float32([0.5, 2.0])
+    for metric in (None, (4.0 ** rng.integers(-1, 2, size=(2, head_dim))).astype(np.float32)):
+        device = lab.device
+        arrays = tuple(map(lab.put, means.arrays()))
+        points, norms = _merging.points_of(
+            device, arrays, None if metric is None else lab.put(metric), lab.put(value_scale)
+        )
+        gram = device.xp.matmul(points, device.xp.swapaxes(points, -1, -2))
+        got = lab.get(_merging.costs_of_pairs(device, gram, norms, arrays[2], arrays[4]))
+        full = None if metric is None else metric[:, :, None] * np.eye(head_dim, dtype=np.float32)
+        np.testing.assert_array_equal(got, merging.ward_costs(means, full, value_scale))
+        np.testing.assert_array_equal(got, got.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "places", "head_dim", "value_dim"),
+    [(40, 30, None, 8, 8), (65, 20, 25, 64, 64), (90, 10, None, 80, 3), (30, 40, None, 8, 8), (20, 1, None, 3, 5)],
+)
+def test_merging_ends_as_the_portable_merging(
+    lab: Lab, n: int, most: int, places: int | None, head_dim: int, value_dim: int
+) -> None:
+    lab = lab.seeded(n)
+    means = means_case(np.random.default_rng(n), 3, n, head_dim, value_dim)
+    value_scale = np.float32([1.0, 2.0, 0.5])
+    device_means = Means(*map(lab.put, means.arrays()))
+    got = merge_closest(device_means, None, lab.put(value_scale), most, places, device=lab.device)
+    expected = merging.merge_closest(means, None, value_scale, most)
+    expected = merging.compact(expected, min(most, n) if places is None else places)
+    live = expected.counts > 0
+    np.testing.assert_array_equal(lab.get(got.counts), expected.counts)
+    for mine, portable in zip(got.arrays(), expected.arrays(), strict=True):
+        np.testing.assert_allclose(lab.get(mine)[live], portable[live], **TOLERANCE)
+
+
+@pytest.mark.parametrize("metric", ["none", "diagonal", "full"])
+def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> None:
+    rng = np.random.default_rng(9)
+    streams, n, head_dim = 2, 120, 16
+    keys, values = rng.normal(size=(2, streams, n, head_dim)) + 5.0
+    counts, importance = rng.integers(1, 9, size=(streams, n)), rng.random((streams, n)) + 0.1
+    spread = rng.random((streams, n, 4))
+    means = Means(*(np.asarray(x, dtype=np.float32) for x in (keys, values, counts, spread, importance)))
+    root = rng.normal(size=(streams, head_dim, head_dim)).astype(np.float32)
+    chosen = {"none": None, "diagonal": rng.random((streams, head_dim)).astype(np.float32), "full": root @ root.swapaxes(1, 2)}
+    m = chosen[metric]
+    got = merge_closest(
+        Means(*map(lab.put, means.arrays())),
+        None if m is None else lab.put(m),
+        lab.put(np.ones(streams, dtype=np.float32)),
+        50,
+        device=lab.device,
+    )
+    new = Means(*map(lab.get, got.arrays()))
+    assert (new.counts > 0).sum(axis=1).tolist() == [50, 50]
+
+    def moments(x: Means) -> list[np.ndarray]:
+        w = x.counts[:, :, None].astype(np.float64)
+        second = x.spread + merging.band_means(x.keys.astype(np.float64) ** 2)
+        return [w.sum(axis=1), (w * x.keys).sum(axis=1), (w * x.values).sum(axis=1), (w * second).sum(axis=1)]
+
+    for mine, before in zip(moments(new), moments(means), strict=True):
+        np.testing.assert_allclose(mine, before, rtol=1e-5)
+    np.testing.assert_allclose(new.importance.sum(axis=1), means.importance.sum(axis=1), rtol=1e-5)
+
+
+def test_as_many_clusters_as_there_is_room_for(lab: Lab) -> None:
+    n = _merging.MOST_CLUSTERS
+    assert n >= 1024 + 512
+    assert math.isclose(_merging._match_shared(n), 48 << 10, rel_tol=0.02)
+    with pytest.raises(ValueError, match=f"at most {n} clusters"):
+        x = np.zeros((1, n + 1, 4), dtype=np.float32)
+        merge_closest(Means(x, x, x[..., 0], x, x[..., 0]), None, np.ones(1, np.float32), 8, device=lab.device)
+
+
+# Arguments
+
+
+def test_what_does_not_fit_is_said() -> None:
+    device = cuda_labs.emulation().device
+    q = np.zeros((2, 4, 8), dtype=np.float32)
+    k = np.zeros((2, 5, 8), dtype=np.float32)
+    counts, spread = np.ones((2, 5), np.float32), np.ones((2, 5, 4), np.float32)
+    for error, message, call in [
+        (ValueError, "exact pairs, clusters or both", (q, 1.0, None, None)),
+        (ValueError, r"must have shape \(streams, m, head_dim\), got \(4, 8\)", (q[0], 1.0, (k, k, None), None)),
+        (ValueError, r"keys \(1, 5, 8\).*do not fit queries \(2, 4, 8\)", (q, 1.0, (k[:1], k, None), None)),
+        (ValueError, r"log-weights \(2, 5\) must be \(1 or 2, 1 or 4, 5\)", (q, 1.0, (k, k, counts), None)),
+        (ValueError, r"counts \(2, 4\)", (q, 1.0, None, (k, k, counts[:, :4], spread))),
+        (ValueError, "8 cannot be cut into 3 bands", (q, 1.0, None, (k, k, counts, spread[..., :3]))),
+        (TypeError, "exact: keys must be float16, bfloat16, float32; got float64", (q, 1.0, (k.astype(float), k, None), None)),
+        (TypeError, "must have one dtype", (q, 1.0, (k, k, None), (k.astype(np.float16), k, counts, spread))),
+        (TypeError, "queries must be float32 or", (q.astype(float), 1.0, (k, k, None), None)),
+    ]:
+        with pytest.raises(error, match=message):
+            attend_clusters(*call, device=device)
