@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import cuda_emulation
 import ml_dtypes
@@ -218,10 +217,5 @@ def test_the_address_sanitizer_sees_what_lies_outside(n: int, right: bool) -> No
 
 def sanitized(asan: str, program: str) -> subprocess.CompletedProcess[str]:
     """Run a program under the address sanitizer."""
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": asan,
-        "ASAN_OPTIONS": "detect_leaks=0,detect_stack_use_after_return=0",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
+    environment = {**os.environ, **cuda_emulation.sanitizing(asan)}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import cuda_emulation
 import cuda_labs
 import numpy as np
 import pytest
@@ -324,6 +330,31 @@ def test_as_many_clusters_as_there_is_room_for(lab: Lab) -> None:
     with pytest.raises(ValueError, match=f"at most {n} clusters"):
         x = np.zeros((1, n + 1, 4), dtype=np.float32)
         merge_closest(Means(x, x, x[..., 0], x, x[..., 0]), None, np.ones(1, np.float32), 8, device=lab.device)
+
+
+# Barriers
+
+
+def test_every_barrier_is_needed_and_its_absence_noticed() -> None:
+    cuda_labs.emulation()
+    program = [sys.executable, "-m", "cuda_emulation.mutants"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert sorted(report) == ["attention.cu", "leaders.cu", "merging.cu"]
+    assert [(file, line) for file, lines in report.items() for line, noticed in lines.items() if not noticed] == []
+
+
+@pytest.mark.parametrize("kernels", ["attention", "leaders", "merging"])
+def test_nothing_is_read_or_written_out_of_bounds(kernels: str) -> None:
+    asan = cuda_emulation.sanitizer()
+    if asan is None:
+        pytest.skip("the address sanitizer is not installed")
+    program = "import sys; from cuda_emulation import sanitized; sanitized.main(sys.argv[1])"
+    environment = {**os.environ, **cuda_emulation.sanitizing(asan)}
+    done = subprocess.run([sys.executable, "-c", program, kernels], capture_output=True, text=True, env=environment)
+    assert done.stdout == "done\n", done.stderr
 
 
 # Arguments

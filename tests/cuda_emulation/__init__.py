@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from subgen_cupy._launch import Launch, Module, element
 
-__all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library"]
+__all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
 
 _HERE = Path(__file__).parent
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(")
@@ -138,3 +138,10 @@ def sanitizer() -> str | None:
         return None
     found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     return found if os.path.isabs(found) else None
+
+
+def sanitizing(asan: str) -> dict[str, str]:
+    """Return the environment of a process whose kernels are to be watched by the address sanitizer."""
+    # Stacks that are swapped, and a Python that was not built with it, are what it would complain about otherwise.
+    options = "detect_leaks=0,detect_stack_use_after_return=0"
+    return {"LD_PRELOAD": asan, "ASAN_OPTIONS": options, "PYTHONPATH": str(_HERE.parent)}
