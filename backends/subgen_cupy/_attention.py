@@ -52,7 +52,9 @@ def attention_module(dtype: str, query_dtype: str, head_dim: int, value_dim: int
     tile = 4 if rows > 2 else rows
     while tile > 1 and (tile * held > 64 or _WARPS * tile * (value_dim + 2) * 4 > MAX_SHARED - 1024):
         tile //= 2
-    ahead = 4 if held <= 16 else 2 if held <= 32 else 1
+    # Three blocks a multiprocessor with 3 loads of a kilobyte in flight for each warp: more than the latency of memory
+    # asks for, and no spills on any architecture.
+    ahead = 1 if held > 32 else 2 if held > 16 else 3 if tile == 4 else 4
     return Module(
         "attention.cu",
         types=(("ELEMENT", ELEMENTS[dtype]), ("QUERY", ELEMENTS[query_dtype])),
@@ -64,7 +66,7 @@ def attention_module(dtype: str, query_dtype: str, head_dim: int, value_dim: int
             ("VECTOR", vector),
             ("LANES", lanes),
             ("AHEAD", ahead),
-            ("BLOCKS", 3 if held <= 32 else 2),
+            ("BLOCKS", 3 if held <= 16 else 2),
         ),
     )
 

@@ -33,6 +33,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
 // Static shared memory lives in a section of its own, so that it can be found and filled before every block.
 #define __shared__ static __attribute__((section("cuda_shared")))
 extern "C" char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));

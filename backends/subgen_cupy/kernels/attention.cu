@@ -16,6 +16,7 @@ constexpr int KEYS = 32 / LANES;
 constexpr int KEY_CHUNKS = (HEAD_DIM + VECTOR * LANES - 1) / (VECTOR * LANES);
 constexpr int VALUE_CHUNKS = (VALUE_DIM + VECTOR * LANES - 1) / (VECTOR * LANES);
 constexpr int BAND = HEAD_DIM / BANDS;
+constexpr int EXTRA = ROWS > BANDS + 1 ? ROWS : BANDS + 1;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -56,7 +57,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
              const float* __restrict__ counts, const float* __restrict__ spread,
              int mean_count, int mean_pieces,
              float* __restrict__ partial, float2* __restrict__ totals) {
-  __shared__ float half_energy[ROWS][BANDS];
+  __shared__ __align__(16) float half_energy[ROWS][BANDS];
   __shared__ float warp_sums[WARPS][ROWS][VALUE_DIM];
   __shared__ float warp_peaks[WARPS][ROWS];
   __shared__ float warp_totals[WARPS][ROWS];
@@ -129,14 +130,15 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
                                     value[a]);
 
     // Everything is asked for before anything is used.
-    float members[AHEAD], band[AHEAD][BANDS], log_weight[AHEAD][ROWS];
+    // Of a cluster, its count and its spread; of an exact pair, its log-weight for each row.
+    float extra[AHEAD][EXTRA];
     if (merged) {
 #pragma unroll
       for (int a = 0; a < AHEAD; a++) {
         const long long near = stream * mean_count + min(first + a * KEYS + group, end - 1);
-        members[a] = counts[near];
+        extra[a][0] = counts[near];
 #pragma unroll
-        for (int b = 0; b < BANDS; b++) band[a][b] = spread[near * BANDS + b];
+        for (int b = 0; b < BANDS; b++) extra[a][1 + b] = spread[near * BANDS + b];
       }
     } else {
 #pragma unroll
@@ -144,7 +146,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
         const long long near = stream * weights_per_stream + min(first + a * KEYS + group, end - 1);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-          log_weight[a][r] = exact_weights ? exact_weights[near + min(tile * ROWS + r, rows - 1) * weights_per_row] : 0.0f;
+          extra[a][r] = exact_weights ? exact_weights[near + min(tile * ROWS + r, rows - 1) * weights_per_row] : 0.0f;
       }
     }
 
@@ -171,18 +173,18 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
       const bool inside = first + a * KEYS + group < end;
-      const float log_count = merged ? log2f(members[a]) : 0.0f;
+      const float log_count = merged ? log2f(extra[a][0]) : 0.0f;
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         if (merged) {
           float half = 0.0f;
 #pragma unroll
-          for (int b = 0; b < BANDS; b++) half += half_energy[r][b] * band[a][b];
+          for (int b = 0; b < BANDS; b++) half += half_energy[r][b] * extra[a][1 + b];
           const float w = log_count + (half < log_count ? half : log_count);
-          logit[a][r] = inside && members[a] > 0.0f ? logit[a][r] + w : -infinity();
+          logit[a][r] = inside && extra[a][0] > 0.0f ? logit[a][r] + w : -infinity();
         } else {
           // Not added where it is -inf: what is behind it may be anything.
-          const float w = log_weight[a][r];
+          const float w = extra[a][r];
           logit[a][r] = inside && w != -infinity() ? logit[a][r] + w * LOG2E : -infinity();
         }
       }

@@ -20,7 +20,7 @@ __device__ __forceinline__ double squared_distance(double norms, double product,
   return squared > norms * resolution ? squared : 0.0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 nearest_centres(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ centres,
                 const long long* __restrict__ n_clusters, int n, int capacity, int head_dim,
                 double* __restrict__ nearest, long long* __restrict__ assignment) {

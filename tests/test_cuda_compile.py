@@ -1,0 +1,141 @@
+"""The CUDA kernels compile for every architecture, without spills and within the registers stated here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from subgen_cupy._attention import attention_module
+from subgen_cupy._launch import Module
+from subgen_cupy._leaders import leaders_module
+from subgen_cupy._merging import MERGING
+from subgen_cupy._threefry import THREEFRY
+
+ARCHITECTURES = (75, 80, 86, 90, 100, 120)
+REGISTERS = 65536  # of a multiprocessor, on all of them
+
+#: Variants compiled, and the most registers that each kernel may take: what they need today, with a little room.
+VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
+    **{
+        f"{dtype}_{head_dim}_{rows}": (
+            attention_module(dtype, query, head_dim, head_dim, rows, 4),
+            {"attend_split": most, "attend_join": 64},
+        )
+        for dtype, query, head_dim, rows, most in [
+            ("bfloat16", "float32", 128, 4, 168),
+            ("bfloat16", "float32", 64, 1, 128),
+            ("float16", "float16", 80, 2, 168),
+            ("float32", "float32", 128, 4, 168),
+            ("bfloat16", "float32", 512, 4, 255),
+        ]
+    },
+    "threefry": (THREEFRY, {"threefry2x32": 32}),
+    "leaders": (leaders_module("float16"), {"nearest_centres": 128, "open_leaders": 64}),
+    "merging": (
+        MERGING,
+        {
+            "weighted_mean": 64,
+            "features": 64,
+            "pair_costs": 64,
+            "nearest_pairs": 64,
+            "match_pairs": 64,
+            "merge_pairs": 80,
+        },
+    ),
+}
+SHARED = {"attend_split": 34 << 10, "nearest_centres": 17 << 10, "pair_costs": 9 << 10, "match_pairs": 256}
+
+
+def in_one_unit() -> str:
+    """All variants, each in a namespace: one run of the compiler for all of them."""
+    parts = []
+    for name, (module, _) in VARIANTS.items():
+        constants = "".join(f"#undef {constant}\n" for constant, _ in module.constants)
+        parts.append(f"{constants}namespace variant_{name} {{\n{module.source()}\n}}\n".replace('extern "C"', ""))
+    return "".join(parts)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What ptxas says of every kernel on every architecture."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("cuda")
+    unit = folder / "kernels.cu"
+    unit.write_text(in_one_unit())
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command = [nvcc, "-std=c++17", "-fatbin", "-Xptxas", "-v", "--threads", "2", *targets, "-o", str(folder / "out.fatbin")]
+    # Not every kernel of common.cuh is used in every variant.
+    done = subprocess.run([*command, "-diag-suppress=177", str(unit)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+ENTRY = re.compile(
+    r"Compiling entry function '_ZN\d+variant_(?P<mangled>\w+?)E\w*' for 'sm_(?P<arch>\d+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?[^\n]*",
+    re.DOTALL,
+)
+
+
+def kernels(report: str) -> dict[tuple[str, str, int], dict[str, int]]:
+    """Numbers by variant, kernel and architecture."""
+    found = {}
+    for entry in re.split(r"(?=ptxas info\s+: Compiling entry)", report):
+        match = ENTRY.search(entry.split("ptxas info    : Compile time")[0])
+        if match is None:
+            continue
+        variant, kernel = next(
+            (v, k) for v, (_, ks) in VARIANTS.items() for k in ks if match["mangled"] == f"{v}{len(k)}{k}"
+        )
+        numbers = {name: int(match[name] or 0) for name in ("stack", "stores", "loads", "registers", "shared")}
+        found[variant, kernel, int(match["arch"])] = numbers
+    return found
+
+
+def test_every_kernel_compiles_for_every_architecture(report: str) -> None:
+    expected = {(v, k, a) for v, (_, ks) in VARIANTS.items() for k in ks for a in ARCHITECTURES}
+    assert set(kernels(report)) == expected
+
+
+def test_no_spills_and_no_local_memory(report: str) -> None:
+    wasteful = {
+        key: numbers for key, numbers in kernels(report).items() if numbers["stack"] + numbers["stores"] + numbers["loads"]
+    }
+    assert wasteful == {}
+
+
+def test_registers_and_shared_memory_are_as_stated(report: str) -> None:
+    for (variant, kernel, architecture), numbers in kernels(report).items():
+        where = (variant, kernel, architecture, numbers)
+        assert numbers["registers"] <= VARIANTS[variant][1][kernel], where
+        assert numbers["shared"] <= SHARED.get(kernel, 2 << 10), where
+
+
+def test_a_block_of_the_matching_fits_twice() -> None:
+    # 512 threads of the matching: two blocks on a multiprocessor need at most 64 registers each.
+    assert VARIANTS["merging"][1]["match_pairs"] * 512 * 2 <= REGISTERS
+
+
+def test_the_driver_compiler_needs_no_header() -> None:
+    for module, _ in VARIANTS.values():
+        assert "#include" not in module.source()
+
+
+def test_the_kernels_are_package_data() -> None:
+    import subgen_cupy
+
+    folder = Path(subgen_cupy.__file__).parent / "kernels"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "attention.cu",
+        "common.cuh",
+        "leaders.cu",
+        "merging.cu",
+        "threefry.cu",
+    ]
