@@ -195,27 +195,20 @@ import numpy as np
 from cuda_emulation import EmulatedDevice
 from subgen_cupy._launch import Launch, address, i32
 from test_cuda_emulation import REVERSE
+print("started", flush=True)
 device = EmulatedDevice(sanitize=True)
 x, out = np.arange(8, dtype=np.int32), np.zeros(8, dtype=np.int32)
-device.run(Launch(REVERSE, "reverse", 1, 8, [address(device, x), address(device, out), i32({n})], 32))
-print(out.tolist())
+device.run(Launch(REVERSE, "reverse", 1, 8, [address(device, x), address(device, out), i32(20)], 32))
+print("ended")
 """
 
 
-@pytest.mark.parametrize(("n", "right"), [(8, True), (20, False)])
-def test_the_address_sanitizer_sees_what_lies_outside(n: int, right: bool) -> None:
+def test_the_address_sanitizer_sees_what_lies_outside() -> None:
     asan = cuda_emulation.sanitizer()
     if asan is None:
         pytest.skip("the address sanitizer is not installed")
-    done = sanitized(asan, OUT_OF_BOUNDS.format(n=n))
-    if right:
-        assert done.stdout.strip() == str(list(range(14, 6, -1))), done.stderr
-    else:
-        assert "heap-buffer-overflow" in done.stderr
-        assert "kernels.cu:8" in done.stderr
-
-
-def sanitized(asan: str, program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program under the address sanitizer."""
     environment = {**os.environ, **cuda_emulation.sanitizing(asan)}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", OUT_OF_BOUNDS], capture_output=True, text=True, env=environment)
+    assert "heap-buffer-overflow" in done.stderr
+    assert "kernels.cu:8" in done.stderr
+    assert done.stdout == "started\n"

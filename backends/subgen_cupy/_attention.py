@@ -96,7 +96,8 @@ def attend(
     scale : float
         Factor of the queries.
     exact : (keys, values, log_weights or None), or None
-        Shapes (streams, n, head_dim), (streams, n, value_dim) and float32 (1 or streams, 1 or m, n); None is weight one.
+        Shapes (streams, n, head_dim), (streams, n, value_dim) and float32 (1 or streams, 1 or m, n); None is a
+        weight of one.
     clusters : (keys, values, counts, spread), or None
         Shapes (streams, c, head_dim), (streams, c, value_dim), float32 (streams, c) and (streams, c, bands).
         Log-weights as in `subgen.means.log_weights`; a count of zero is a free place.
@@ -173,7 +174,12 @@ def attend(
             "attend_join",
             streams * rows,
             _THREADS,
-            [*(address(device, x) for x in (partial, totals)), i32(pieces), address(device, outputs), address(device, logsumexp)],
+            [
+                *(address(device, x) for x in (partial, totals)),
+                i32(pieces),
+                address(device, outputs),
+                address(device, logsumexp),
+            ],
         )
     )
     return outputs, logsumexp

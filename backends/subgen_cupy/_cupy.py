@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from ._launch import Array, Launch, Module, element
@@ -18,7 +18,7 @@ class KernelError(RuntimeError):
     """The kernels could not be compiled for this device."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(device: int, module: Module, kernel: str) -> Any:
     """Compile for the current device, whose number is part of the key; CuPy keeps the result on disk."""
     import cupy
@@ -31,14 +31,14 @@ def _function(device: int, module: Module, kernel: str) -> Any:
         ) from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(device: int, module: Module) -> Any:
     import cupy
 
     return cupy.RawModule(code=module.source(), options=("--std=c++17",))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _multiprocessors(device: int) -> int:
     import cupy
 

@@ -14,7 +14,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["ELEMENTS", "MAX_SHARED", "Device", "Launch", "Module", "address", "ceil_div", "element", "f32", "f64", "i32", "i64"]
+__all__ = [
+    "ELEMENTS",
+    "MAX_SHARED",
+    "Device",
+    "Launch",
+    "Module",
+    "address",
+    "ceil_div",
+    "element",
+    "f32",
+    "f64",
+    "i32",
+    "i64",
+]
 
 Array = Any
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from subgen.backends import PORTABLE
 from subgen.merging import Means
 
@@ -19,8 +17,8 @@ _STORED = ("float16", "bfloat16", "float32")
 def threefry2x32(key0: Array, key1: Array, counter0: Array, counter1: Array) -> tuple[Array, Array]:
     """Encrypt a counter under a key; see `subgen.counter.threefry2x32`."""
     device = device_of(counter0)
-    words = device.xp.broadcast_arrays(key0, key1, counter0, counter1)
-    return _threefry.threefry(device, tuple(words))
+    words: list[Array] = device.xp.broadcast_arrays(key0, key1, counter0, counter1)
+    return _threefry.threefry(device, (words[0], words[1], words[2], words[3]))
 
 
 def assign_leaders(keys: Array, centres: Array, n_clusters: Array, delta: float) -> tuple[Array, Array]:
@@ -34,7 +32,8 @@ def weighted_attention(queries: Array, keys: Array, values: Array, log_weights: 
     Few rows of queries over keys of up to 32 bits go to the kernels; the rest are matrix products, which CuPy has.
     """
     if not _fits(queries, keys, values):
-        return _portable("weighted_attention", queries, keys, values, log_weights)
+        answer: tuple[Array, Array] = PORTABLE["weighted_attention"](queries, keys, values, log_weights)
+        return answer
     return _attention.attend(device_of(queries), queries, 1.0, (keys, values, log_weights), None)
 
 
@@ -82,7 +81,12 @@ def attend_clusters(
         if pairs is None:
             continue
         keys, values = pairs[:2]
-        if keys.ndim != 3 or keys.shape[0] != streams or keys.shape[2] != head_dim or keys.shape[:2] != values.shape[:2]:
+        if (
+            keys.ndim != 3
+            or keys.shape[0] != streams
+            or keys.shape[2] != head_dim
+            or keys.shape[:2] != values.shape[:2]
+        ):
             raise ValueError(
                 f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit queries "
                 f"{tuple(queries.shape)}; expected ({streams}, n, {head_dim}) and ({streams}, n, value_dim)"
@@ -150,7 +154,9 @@ def merge_closest(
     """
     n = means.keys.shape[1]
     where = device or device_of(means.keys)
-    merged = _merging.shrink(where, means.arrays(), metric, value_scale, most, min(most, n) if places is None else places)
+    merged = _merging.shrink(
+        where, means.arrays(), metric, value_scale, most, min(most, n) if places is None else places
+    )
     return Means(*merged)
 
 
@@ -164,7 +170,3 @@ def _fits(queries: Array, keys: Array, values: Array) -> bool:
         and 0 < dim <= _attention.MOST_DIM
         and 0 not in (queries.size, keys.size, values.size)
     )
-
-
-def _portable(name: str, *arguments: Array) -> Any:
-    return PORTABLE[name](*arguments)

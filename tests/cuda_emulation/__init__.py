@@ -36,9 +36,30 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cuda_emulation_")
+
+
+def _flags(sanitize: bool) -> list[str]:
+    # Products and sums round separately, as in NumPy: the discrete decisions can then be compared to the last bit.
+    watched = ["-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else ["-O1"]
+    return ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w", *watched]
+
+
+def _compile(*arguments: str) -> None:
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise EmulationError(done.stderr)
+
+
+@functools.cache
+def _header(sanitize: bool) -> Path:
+    """Folder with the header, compiled in advance: it is most of what there is to read."""
+    folder = Path(tempfile.mkdtemp(dir=_folder().name))
+    header = Path(shutil.copy(_HERE / "emulation.h", folder))
+    _compile(*_flags(sanitize), "-x", "c++-header", str(header), "-o", f"{header}.gch")
+    return folder
 
 
 def build(source: str, sanitize: bool = False) -> Path:
@@ -48,17 +69,13 @@ def build(source: str, sanitize: bool = False) -> Path:
     folder = Path(tempfile.mkdtemp(dir=_folder().name))
     unit, target = folder / "kernels.cpp", folder / "kernels.so"
     # Lines are counted from the source's first, so that a barrier can be named by its line.
-    unit.write_text(f'#include "emulation.h"\nusing std::min; using std::max;\n#line 1 "kernels.cu"\n{text}\n{exports}\n')
-    flags = ["-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else ["-O2"]
-    # Products and sums round separately, as in NumPy: the discrete decisions can then be compared to the last bit.
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", f"-I{_HERE}", *flags, str(unit)]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
-    if done.returncode:
-        raise EmulationError(done.stderr)
+    lines = ['#include "emulation.h"', "using std::min; using std::max;", '#line 1 "kernels.cu"', text, exports]
+    unit.write_text("\n".join(lines) + "\n")
+    _compile(*_flags(sanitize), "-shared", f"-I{_header(sanitize)}", str(unit), "-o", str(target))
     return target
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def library(source: str, sanitize: bool = False) -> ctypes.CDLL:
     """Compile, once."""
     return ctypes.CDLL(str(build(source, sanitize)))

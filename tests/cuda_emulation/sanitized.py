@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import numpy as np
-from subgen_cupy import _attention, _leaders, _merging
+from subgen_cupy import _attention, _leaders, _merging, _threefry
 
 from . import EmulatedDevice
 
 __all__ = ["main"]
 
 
-def main(kernels: str) -> None:
-    """Run the kernels of one file; an access out of bounds ends the process with a report."""
+def main() -> None:
+    """Run every kernel; an access out of bounds ends the process with a report."""
     device = EmulatedDevice(sanitize=True)
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> np.ndarray:
         return rng.integers(-4, 5, size=shape).astype(np.float32)
 
-    if kernels == "attention":
-        # Odd lengths, rows that do not fill a tile, and dimensions that do not fill the lanes.
-        for n, c, rows in [(1, 1, 3), (37, 45, 7)]:
-            q, k, v, kc, vc = draw(2, rows, 24), draw(2, n, 24), draw(2, n, 40), draw(2, c, 24), draw(2, c, 40)
-            weights, counts, spread = draw(2, rows, n), abs(draw(2, c)), abs(draw(2, c, 4))
-            _attention.attend(device, q, 0.1, (k, v, weights), (kc, vc, counts, spread))
-    elif kernels == "leaders":
-        for n, capacity, head_dim in [(1, 1, 3), (45, 37, 40)]:
-            clusters = np.array([0, capacity])
-            _leaders.leaders(device, draw(2, n, head_dim), draw(2, capacity, head_dim), clusters, 9.0)
-    else:
-        for n, most, dims in [(1, 1, (8, 3)), (45, 20, (40, 3)), (33, 30, (5, 7))]:
-            means = draw(2, n, dims[0]), draw(2, n, dims[1]), abs(draw(2, n)), abs(draw(2, n, 1)), abs(draw(2, n))
-            _merging.shrink(device, means, abs(draw(2, dims[0])), np.ones(2, np.float32), most, most)
+    # Odd lengths, rows that do not fill a tile, and dimensions that do not fill the lanes.
+    for n, c, rows in [(1, 1, 3), (37, 45, 7)]:
+        q, k, v, kc, vc = draw(2, rows, 24), draw(2, n, 24), draw(2, n, 40), draw(2, c, 24), draw(2, c, 40)
+        weights, counts, spread = draw(2, rows, n), abs(draw(2, c)), abs(draw(2, c, 4))
+        _attention.attend(device, q, 0.1, (k, v, weights), (kc, vc, counts, spread))
+    for n, capacity, head_dim in [(1, 1, 3), (45, 37, 40)]:
+        clusters = np.array([0, capacity])
+        _leaders.leaders(device, draw(2, n, head_dim), draw(2, capacity, head_dim), clusters, 9.0)
+    for n, most, dims in [(1, 1, (8, 3)), (45, 20, (40, 3)), (33, 30, (5, 7))]:
+        means = draw(2, n, dims[0]), draw(2, n, dims[1]), abs(draw(2, n)), abs(draw(2, n, 1)), abs(draw(2, n))
+        _merging.shrink(device, means, abs(draw(2, dims[0])), np.ones(2, np.float32), most, most)
+    words = tuple(rng.integers(0, 1 << 32, size=(4, 300)))
+    _threefry.threefry(device, words)
     print("done")
+
+
+if __name__ == "__main__":
+    main()
