@@ -199,7 +199,7 @@ def test_leaders_decide_as_the_portable_rule(
 
 
 def means_case(rng: np.random.Generator, streams: int, n: int, head_dim: int, value_dim: int) -> Means:
-    """Clusters whose costs are exact in float32: small integers about a mean of zero, weights that are powers of two."""
+    """Clusters whose costs are exact in float32: small integers about a mean of zero, weights powers of two."""
     half = n // 2
     keys = rng.integers(-3, 4, size=(streams, half, head_dim))
     keys = np.concatenate([keys, -keys, np.zeros((streams, n - 2 * half, head_dim))], axis=1)
@@ -385,6 +385,7 @@ def test_what_does_not_fit_is_said() -> None:
             "exact: keys must be float16, bfloat16, float32; got float64",
             (q, 1.0, (k.astype(float), k, None), None),
         ),
+        (TypeError, "keys and values must have one dtype", (q, 1.0, (k, k.astype(np.float16), None), None)),
         (TypeError, "must have one dtype", (q, 1.0, (k, k, None), (k.astype(np.float16), k, counts, spread))),
         (TypeError, "queries must be float32 or", (q.astype(float), 1.0, (k, k, None), None)),
     ]:

@@ -1,4 +1,4 @@
-"""Launches of kernels/attention.cu: split over the keys, then joined by logsumexp. Two launches, whatever the shapes."""
+"""Launches of kernels/attention.cu: split over the keys, then joined by logsumexp; two, whatever the shapes."""
 
 from __future__ import annotations
 

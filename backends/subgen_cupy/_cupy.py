@@ -8,7 +8,9 @@ from typing import Any
 
 from ._launch import Array, Launch, Module, element
 
-__all__ = ["CupyDevice", "KernelError", "device_of"]
+__all__ = ["CupyDevice", "KernelError", "capture", "device_of"]
+
+Result = TypeVar("Result")
 
 # What a vector load needs; a view may start anywhere.
 _ALIGNMENT = 16
@@ -99,3 +101,43 @@ def _dtype(name: str) -> Any:
 def device_of(x: Array) -> CupyDevice:
     """Return the device of a CuPy array."""
     return CupyDevice(int(x.device.id))
+
+
+def capture(step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    """Record what a function launches as a CUDA graph: one launch from the host, however many kernels.
+
+    Parameters
+    ----------
+    step : callable
+        Reads and writes arrays that stay where they are, and never asks the device for a number. Called twice: once
+        so that kernels are compiled and memory is at hand, once to record.
+
+    Returns
+    -------
+    replay : callable
+        Does on CuPy's current stream what the function did, without waiting.
+    result
+        What the function returned; every replay writes it anew.
+    """
+    import cupy
+
+    # Memory of the graph's own: nothing else may use its temporaries between replays.
+    pool = cupy.cuda.MemoryPool()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.using_allocator(pool.malloc), stream:
+        step()
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            result = step()
+        except BaseException:
+            if stream.is_capturing():
+                stream.end_capture()
+            raise
+        graph = stream.end_capture()
+
+    def replay(kept: tuple[object, ...] = (pool, result, step)) -> None:
+        graph.launch()
+
+    return replay, result

@@ -94,6 +94,10 @@ def attend_clusters(
         for what, x in (("keys", keys), ("values", values)):
             if element(x.dtype) not in _STORED:
                 raise TypeError(f"{name}: {what} must be {', '.join(_STORED)}; got {element(x.dtype)}")
+        if element(keys.dtype) != element(values.dtype):
+            raise TypeError(
+                f"{name}: keys and values must have one dtype, got {element(keys.dtype)} and {element(values.dtype)}"
+            )
     if exact is not None and exact[2] is not None:
         n = exact[0].shape[1]
         shape = tuple(exact[2].shape)
@@ -165,7 +169,7 @@ def _fits(queries: Array, keys: Array, values: Array) -> bool:
     return (
         element(queries.dtype) == "float32"
         and element(keys.dtype) in _STORED
-        and element(values.dtype) in _STORED
+        and element(values.dtype) == element(keys.dtype)
         and rows <= _attention.MOST_ROWS
         and 0 < dim <= _attention.MOST_DIM
         and 0 not in (queries.size, keys.size, values.size)
