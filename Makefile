@@ -1,7 +1,9 @@
-# One command each: demo, test, lint, bench, long-stream, drift, examples. Every target makes its environment first.
+# One command each: demo, test, lint, bench, long-stream, drift, examples, and test-gpu and bench-gpu where there is a
+# GPU. Every target makes its environment first, but those two: they run in one that has CuPy, see docs/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(PYTHON)
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
@@ -10,7 +12,7 @@ TRANSFORMERS ?= 4.57.6 5.0.0 5.5.0 5.23.0
 # kvpress needs transformers below 5.3, and has its own environment.
 RIVALS := .venv-rivals
 
-.PHONY: demo test test-transformers lint bench long-stream drift examples examples-rivals clean
+.PHONY: demo test test-transformers lint bench long-stream drift examples examples-rivals test-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
@@ -43,6 +45,12 @@ examples: $(VENV)/.test
 
 examples-rivals: $(RIVALS)/.done
 	$(RIVALS)/bin/python examples/rivals.py --out build/rivals.json
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_cuda_kernels.py tests/test_cuda_gpu.py
+
+bench-gpu:
+	$(GPU_PYTHON) asv_benchmarks/gpu.py --output build/gpu
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -66,7 +66,7 @@ def draw(cp: Any, *shape: int) -> Any:
 
 def copy_bandwidth(cp: Any) -> float:
     """Bytes read and written each second by a large copy."""
-    source = cp.random.randint(0, 255, size=1 << 31, dtype=cp.uint8)
+    source = cp.random.randint(0, 255, size=1 << 30, dtype=cp.uint8)
     target = cp.empty_like(source)
     seconds = events(cp.cuda, lambda: cp.copyto(target, source), 20)
     return 2 * source.nbytes / seconds
@@ -135,7 +135,7 @@ def exact_step(torch: Any, batch: int, n: int) -> tuple[float, str] | None:
 
 
 def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
-    """Seconds of merging tokens into the clusters, a block at a time: each step one graph, after a copy of the block."""
+    """Seconds of merging tokens into the clusters, a block at a time: each step a graph, after a copy of the block."""
     from subgen_cupy import capture, merge_closest
 
     from subgen.merging import Means
@@ -172,7 +172,7 @@ def sketch_update(cp: Any, batch: int, tokens: int, window: int) -> float:
     """Seconds of `AttentionSketch.update`, the whole of it as the library does it today."""
     import subgen
 
-    keys, values = (bfloat16(cp, draw(cp, batch, KV_HEADS, tokens, HEAD_DIM)) for _ in range(2))
+    keys, values = (draw(cp, batch, KV_HEADS, tokens, HEAD_DIM).astype(cp.float16) for _ in range(2))
 
     def update() -> None:
         subgen.AttentionSketch(max_clusters=CLUSTERS, window=window).update(keys, values)

@@ -17,6 +17,8 @@ _THREADS = 128
 _WARPS = 4
 # Blocks wanted for each multiprocessor: about as many as are resident, twice over.
 _BLOCKS_EACH = 6
+# Of exact pairs and of clusters each: what `attend_join` has room for.
+_MOST_PIECES = 64
 
 
 def attention_module(dtype: str, query_dtype: str, head_dim: int, value_dim: int, rows: int, bands: int) -> Module:
@@ -76,7 +78,7 @@ def _pieces(count: int, streams_and_tiles: int, keys_a_turn: int, device: Device
     if count == 0:
         return 0
     wanted = ceil_div(_BLOCKS_EACH * device.multiprocessors, streams_and_tiles)
-    return max(1, min(wanted, ceil_div(count, keys_a_turn), 64))
+    return max(1, min(wanted, ceil_div(count, keys_a_turn), _MOST_PIECES))
 
 
 def attend(

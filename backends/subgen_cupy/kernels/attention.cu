@@ -12,6 +12,7 @@
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
+constexpr int MOST_PIECES = 128;  // 64 of exact pairs, 64 of clusters
 constexpr int KEYS = 32 / LANES;
 constexpr int KEY_CHUNKS = (HEAD_DIM + VECTOR * LANES - 1) / (VECTOR * LANES);
 constexpr int VALUE_CHUNKS = (VALUE_DIM + VECTOR * LANES - 1) / (VECTOR * LANES);
@@ -278,16 +279,26 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend_join(const float* __restrict__ partial, const float2* __restrict__ totals, int pieces,
             float* __restrict__ outputs, float* __restrict__ logsumexp) {
+  __shared__ float factors[MOST_PIECES];
   const long long row = blockIdx.x;
-  float top = -infinity();
-  for (int p = 0; p < pieces; p++) top = fmaxf(top, totals[row * pieces + p].x);
-  float all = 0.0f;
-  for (int p = 0; p < pieces; p++) all += weight(totals[row * pieces + p].x, top) * totals[row * pieces + p].y;
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 32) {
+    float top = -infinity(), all = 0.0f;
+    for (int p = lane; p < pieces; p += 32) top = fmaxf(top, totals[row * pieces + p].x);
+    for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(EVERY_LANE, top, step));
+    for (int p = lane; p < pieces; p += 32) {
+      factors[p] = weight(totals[row * pieces + p].x, top);
+      all += factors[p] * totals[row * pieces + p].y;
+    }
+    all = warp_sum(all);
+    for (int p = lane; p < pieces; p += 32) factors[p] = all > 0.0f ? factors[p] / all : 0.0f;
+    if (lane == 0) logsumexp[row] = all > 0.0f ? (log2f(all) + top) * LN2 : -infinity();
+  }
+  __syncthreads();  // factors
   for (int i = threadIdx.x; i < VALUE_DIM; i += THREADS) {
     float output = 0.0f;
-    for (int p = 0; p < pieces; p++)
-      output += weight(totals[row * pieces + p].x, top) * partial[(row * pieces + p) * VALUE_DIM + i];
-    outputs[row * VALUE_DIM + i] = all > 0.0f ? output / all : 0.0f;
+#pragma unroll 8
+    for (int p = 0; p < pieces; p++) output += factors[p] * partial[(row * pieces + p) * VALUE_DIM + i];
+    outputs[row * VALUE_DIM + i] = output;
   }
-  if (threadIdx.x == 0) logsumexp[row] = all > 0.0f ? (log2f(all) + top) * LN2 : -infinity();
 }
