@@ -140,6 +140,21 @@ def test_queries_in_the_dtype_of_the_keys_and_arrays_that_start_anywhere(lab: La
     np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("n", [0, 1, 65])
+def test_any_number_of_rows_and_of_pairs(lab: Lab, rows: int, n: int) -> None:
+    rng = np.random.default_rng(rows)
+    queries, pairs = attention_case(rng, "bfloat16", 64, 64, 1, rows)
+    exact, means = pairs(n), pairs(3)
+    ones, none = np.ones((1, 3), np.float32), np.zeros((1, 3, 4), np.float32)
+    arrays = [[lab.put(x) for x in group] for group in (exact, (*means, ones, none))]
+    got = attend_clusters(lab.put(queries), 1.0, (*arrays[0], None), tuple(arrays[1]), device=lab.device)
+    both = [np.concatenate(pair, axis=1) for pair in zip(exact, means, strict=True)]
+    expected = written_out(queries, *both, np.zeros((1, rows, n + 3)))
+    np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
+    np.testing.assert_allclose(lab.get(got[1]), expected[1], **TOLERANCE)
+
+
 def test_a_decoding_step_is_two_launches() -> None:
     lab = cuda_labs.emulation()
     rng = np.random.default_rng(7)
@@ -387,6 +402,11 @@ def test_what_does_not_fit_is_said() -> None:
         ),
         (TypeError, "keys and values must have one dtype", (q, 1.0, (k, k.astype(np.float16), None), None)),
         (TypeError, "must have one dtype", (q, 1.0, (k, k, None), (k.astype(np.float16), k, counts, spread))),
+        (
+            ValueError,
+            "needs queries and pairs, got .* 0 exact pairs and 0 clusters",
+            (q, 1.0, (k[:, :0],) * 2 + (None,), None),
+        ),
         (TypeError, "queries must be float32 or", (q.astype(float), 1.0, (k, k, None), None)),
     ]:
         with pytest.raises(error, match=message):

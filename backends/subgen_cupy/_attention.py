@@ -143,10 +143,13 @@ def attend(
     exact_pieces = _pieces(exact_count, streams * tiles * (2 if mean_count > exact_count else 1), keys_a_turn, device)
     mean_pieces = _pieces(mean_count, streams * tiles, keys_a_turn, device)
     pieces = exact_pieces + mean_pieces
+    if streams * rows * value_dim == 0 or pieces == 0:
+        raise ValueError(
+            f"attend needs queries and pairs, got queries {tuple(queries.shape)}, {exact_count} exact pairs and "
+            f"{mean_count} clusters"
+        )
     outputs = device.empty((streams, rows, value_dim), "float32")
     logsumexp = device.empty((streams, rows), "float32")
-    if streams * rows * value_dim == 0 or pieces == 0:
-        raise ValueError(f"attend needs streams, rows and pairs, got queries {queries.shape} and {exact_count} pairs")
     partial = device.empty((streams, rows, pieces, value_dim), "float32")
     totals = device.empty((streams, rows, pieces, 2), "float32")
     device.run(

@@ -138,6 +138,7 @@ def capture(step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
             raise
         graph = stream.end_capture()
 
+    # What the graph reads and writes lives as long as the graph.
     def replay(kept: tuple[object, ...] = (pool, result, step)) -> None:
         graph.launch()
 

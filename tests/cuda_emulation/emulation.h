@@ -194,7 +194,7 @@ const char* launch(dim3 grid, dim3 size, size_t shared, uint64_t seed, Body body
   const unsigned n = size.x * size.y * size.z, blocks = grid.x * grid.y * grid.z;
   if (!n || n > 1024) return "a block has 1 to 1024 threads";
   if (!blocks || grid.y > 65535 || grid.z > 65535) return "a grid has at least one block, and at most 65535 along y and z";
-  if (shared + (__stop_cuda_shared - __start_cuda_shared) > (48 << 10) && shared > (48 << 10))
+  if (shared > (48 << 10))
     return "more than 48 KiB of shared memory";
   Block b;
   b.fibers.resize(n);
