@@ -1,0 +1,170 @@
+"""The thin layer between launches and CuPy, with a stand-in for CuPy whose kernels the emulation executes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import cuda_emulation
+import numpy as np
+import pytest
+import subgen_cupy
+from subgen_cupy import _cupy
+from subgen_cupy._launch import Module
+
+from subgen.backends import PORTABLE
+from subgen.merging import Means, compact, merge_closest
+
+pytestmark = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="g++ is not installed")
+
+
+class DeviceArray(np.ndarray):
+    """What the layer asks of a CuPy array: a pointer and a device."""
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+    @property
+    def device(self) -> Any:
+        return types.SimpleNamespace(id=1)
+
+
+def on_device(x: Any) -> Any:
+    return np.array(x).view(DeviceArray)
+
+
+class CompileError(Exception):
+    """CuPy's."""
+
+
+class RawModule:
+    """Compiles with g++ what CuPy would hand to the driver."""
+
+    made = 0
+
+    def __init__(self, code: str, options: tuple[str, ...]) -> None:
+        assert options == ("--std=c++17",)
+        type(self).made += 1
+        self.code = code
+
+    def get_function(self, name: str) -> Any:
+        if "no such type" in self.code:
+            raise CompileError("identifier is undefined")
+        kernel = getattr(cuda_emulation.library(self.code), f"emulated_{name}")
+        kernel.restype = ctypes.c_char_p
+
+        def launch(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], shared_mem: int) -> None:
+            cells = [np.array(argument).reshape(1) for argument in arguments]
+            pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
+            sizes = (ctypes.c_uint * len(cells))(*(cell.itemsize for cell in cells))
+            dims = (ctypes.c_uint * 6)(*grid, 1, 1, *block, 1, 1)
+            count, seed = ctypes.c_uint(len(cells)), ctypes.c_uint64(1)
+            error = kernel(dims, ctypes.c_size_t(shared_mem), pointers, sizes, count, seed, ctypes.c_int(-1))
+            assert error is None, error
+
+        return launch
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for CuPy; on its device 1."""
+    module = types.ModuleType("cupy")
+    entered: list[int] = []
+
+    @contextlib.contextmanager
+    def current(number: int) -> Iterator[None]:
+        entered.append(number)
+        yield
+
+    def device(number: int) -> Any:
+        context = current(number)
+        return type("D", (), {
+            "attributes": {"MultiProcessorCount": 4},
+            "__enter__": lambda _: context.__enter__(),
+            "__exit__": lambda _, *error: context.__exit__(*error),
+        })()  # fmt: skip
+
+    module.__dict__.update(
+        empty=lambda shape, dtype: on_device(np.empty(shape, dtype)),
+        ascontiguousarray=lambda x: on_device(np.ascontiguousarray(x)),
+        RawModule=RawModule,
+        entered=entered,
+        cuda=types.SimpleNamespace(Device=device, compiler=types.SimpleNamespace(CompileException=CompileError)),
+        **{name: getattr(np, name) for name in ("matmul", "swapaxes", "concatenate", "diagonal", "broadcast_arrays")},
+    )
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    caches = (_cupy._function, _cupy._module, _cupy._multiprocessors)
+    for cached in caches:
+        cached.cache_clear()
+    yield module
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_the_operations_of_the_backend_give_what_the_portable_ones_give(cupy: Any) -> None:
+    operations = subgen_cupy.BACKEND.operations
+    rng = np.random.default_rng(0)
+    key, counters = rng.integers(0, 1 << 32, size=(2, 3, 1)), rng.integers(0, 1 << 32, size=(2, 1, 5))
+    words = operations["threefry2x32"](*map(on_device, (*key, *counters)))
+    for mine, portable in zip(words, PORTABLE["threefry2x32"](*key, *counters), strict=True):
+        np.testing.assert_array_equal(mine, portable)
+
+    keys, centres = (rng.integers(-4, 5, size=(2, n, 3)).astype(np.float32) for n in (20, 8))
+    clusters = np.array([0, 5])
+    got = operations["assign_leaders"](*map(on_device, (keys, centres, clusters)), 2.0)
+    for mine, portable in zip(got, PORTABLE["assign_leaders"](keys, centres, clusters, 2.0), strict=True):
+        np.testing.assert_array_equal(mine, portable)
+
+    for rows in (3, 40):  # kernels, and matrix products
+        queries, keys, values = (rng.normal(size=(2, n, 64)).astype(np.float32) for n in (rows, 9, 9))
+        weights = np.zeros((1, 1, 9), dtype=np.float32)
+        expected = PORTABLE["weighted_attention"](queries, keys, values, weights)
+        put = on_device if rows == 3 else np.array
+        got = operations["weighted_attention"](*map(put, (queries, keys, values, weights)))
+        for mine, portable in zip(got, expected, strict=True):
+            np.testing.assert_allclose(mine, portable, rtol=1e-5, atol=1e-5)
+    assert set(cupy.entered) == {1}
+
+
+def test_modules_are_compiled_once(cupy: Any) -> None:
+    x = on_device(np.arange(5))
+    before = RawModule.made
+    for _ in range(3):
+        subgen_cupy.BACKEND.operations["threefry2x32"](x, x, x, x)
+    assert RawModule.made == before + 1
+
+
+def test_views_are_packed(cupy: Any) -> None:
+    wide = on_device(np.arange(24, dtype=np.float32).reshape(4, 6))
+    device = _cupy.device_of(wide)
+    for view in (wide, wide[:, 1:], wide.T, wide.ravel()[1:9]):
+        packed = device.packed(view)
+        assert packed.flags.c_contiguous
+        assert device.pointer(packed) % 16 == 0
+        np.testing.assert_array_equal(packed, view)
+    assert device.packed(wide, "float16").dtype == np.float16
+
+
+@pytest.mark.usefixtures("cupy")
+def test_merging_without_the_host() -> None:
+    rng = np.random.default_rng(1)
+    keys = rng.integers(-3, 4, size=(1, 16, 8))
+    arrays = [np.concatenate([keys, -keys], axis=1), np.zeros((1, 32, 8)), np.ones((1, 32)), np.zeros((1, 32, 4))]
+    means = Means(*(x.astype(np.float32) for x in (*arrays, np.ones((1, 32)))))
+    scale = np.ones(1, dtype=np.float32)
+    got = subgen_cupy.merge_closest(Means(*map(on_device, means.arrays())), None, on_device(scale), 20)
+    expected = compact(merge_closest(means, None, scale, 20), 20)
+    np.testing.assert_array_equal(got.counts, expected.counts)
+    np.testing.assert_allclose(got.keys, expected.keys, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("cupy")
+def test_a_kernel_that_does_not_compile_says_which_and_with_what() -> None:
+    module = Module("threefry.cu", types=(("ELEMENT", "no such type"),))
+    with pytest.raises(_cupy.KernelError, match=r"threefry.cu does not compile for device 1 .*no such type"):
+        _cupy._function(1, module, "threefry2x32")
