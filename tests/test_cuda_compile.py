@@ -21,14 +21,14 @@ REGISTERS = 65536  # of a multiprocessor, on all of them
 VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
     **{
         f"{dtype}_{head_dim}_{rows}": (
-            attention_module(dtype, query, head_dim, head_dim, rows, 4),
+            attention_module(dtype, spread, head_dim, head_dim, rows, 4),
             {"attend_split": most, "attend_join": 64},
         )
-        for dtype, query, head_dim, rows, most in [
-            ("bfloat16", "float32", 128, 4, 168),
-            ("bfloat16", "float32", 64, 1, 128),
+        for dtype, spread, head_dim, rows, most in [
+            ("bfloat16", "bfloat16", 128, 4, 168),
+            ("bfloat16", "bfloat16", 64, 1, 128),
             ("float16", "float16", 256, 2, 168),
-            ("float32", "float32", 128, 4, 168),
+            ("float32", "float16", 128, 4, 168),
         ]
     },
     "threefry": (THREEFRY, {"threefry2x32": 32}),

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import cuda_labs
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import _attention, _leaders, _merging, _threefry, attend_clusters, merge_closest
+from subgen_cupy import _attention, _leaders, _merging, _threefry
 
 from subgen import merging
 from subgen.backends import PORTABLE
-from subgen.means import log_weights
+from subgen.mass import log_weights
 from subgen.merging import Means
 
 # Sums of a few hundred float32 terms of order 1, in another order than the reference's.
@@ -81,20 +82,19 @@ def test_a_decoding_step_over_exact_pairs_and_clusters(
     streams, rows = 3, (4, 7, 5)[seed - 1]
     n, c = ((37, 53), (1, 300), (130, 1))[seed - 1]
     queries, pairs = attention_case(rng, dtype, head_dim, value_dim, streams, rows)
-    exact, means = pairs(n), pairs(c)
-    counts = rng.integers(0, 6, size=(streams, c)).astype(np.float32)
+    keys, values = pairs(c + n)
+    counts = rng.integers(0, 6, size=(streams, c)).astype(np.int32)
     counts[:, 0] = 1
-    spread = (rng.random((streams, c, merging.bands(head_dim))) * 0.2).astype(np.float32)
-    scale = 0.7
-    arrays = [[lab.put(x) for x in group] for group in (exact, (*means, counts, spread))]
-    got = attend_clusters(lab.put(queries), scale, (*arrays[0], None), tuple(arrays[1]), device=lab.device)
+    spread = rng.random((streams, c, merging.bands(head_dim))) * 0.2
+    spread = spread.astype(DTYPES[dtype] if seed % 2 else np.float32)
+    # The front of a buffer with room behind it, which is not looked at.
+    buffers = [lab.put(np.concatenate([x, np.full_like(x[:, : seed - 1], np.nan)], axis=1)) for x in (keys, values)]
+    fronts = [x[:, : c + n] for x in buffers]
+    got = _attention.attend(lab.device, lab.put(queries), *fronts, (lab.put(counts), lab.put(spread)))
 
-    scaled = queries.astype(np.float64) * scale
-    weights = np.concatenate([np.zeros((streams, rows, n)), log_weights(scaled, counts, spread)], axis=-1)
-    both = [
-        np.concatenate([a.astype(np.float32), b.astype(np.float32)], axis=1) for a, b in zip(exact, means, strict=True)
-    ]
-    outputs, logsumexp = written_out(scaled, *both, weights)
+    wide = queries.astype(np.float64)
+    weights = np.concatenate([log_weights(wide, counts, spread), np.zeros((streams, rows, n))], axis=-1)
+    outputs, logsumexp = written_out(wide, keys, values, weights)
     np.testing.assert_allclose(lab.get(got[0]), outputs, **TOLERANCE)
     np.testing.assert_allclose(lab.get(got[1]), logsumexp, **TOLERANCE)
 
@@ -108,7 +108,7 @@ def test_log_weights_of_every_shape(lab: Lab, shape: tuple[int, int]) -> None:
     weights[..., rng.random(70) < 0.3] = -np.inf
     weights[-1, -1, :] = -np.inf
     keys[:, np.isneginf(weights).all(axis=(0, 1))] = np.nan  # what has no weight in any row is not looked at
-    got = _attention.attend(lab.device, lab.put(queries), 1.0, (lab.put(keys), lab.put(values), lab.put(weights)), None)
+    got = _attention.attend(lab.device, *map(lab.put, (queries, keys, values)), log_weights=lab.put(weights))
     expected = written_out(queries, np.nan_to_num(keys), values, np.broadcast_to(weights, (2, 3, 70)))
     np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
     np.testing.assert_allclose(lab.get(got[1]), expected[1], **TOLERANCE)
@@ -122,22 +122,32 @@ def test_logits_of_any_size(lab: Lab) -> None:
     keys, values = pairs(40)
     weights = np.float32([[[1e4]], [[-1e4]]]) + np.zeros((2, 1, 40), dtype=np.float32)
     both = [np.concatenate([x, x]) for x in (queries * 30, keys, values)]
-    got = _attention.attend(lab.device, lab.put(both[0]), 1.0, (*map(lab.put, both[1:]), lab.put(weights)), None)
+    got = _attention.attend(lab.device, *map(lab.put, both), log_weights=lab.put(weights))
     expected = written_out(*both, np.broadcast_to(weights, (2, 4, 40)))
     # Logits of order 1e4 in float32 are known to 1e-3: so are the weights, relatively.
     np.testing.assert_allclose(lab.get(got[0]), expected[0], rtol=5e-3, atol=5e-3)
     np.testing.assert_allclose(lab.get(got[1]), expected[1], rtol=1e-6)
 
 
-def test_queries_in_the_dtype_of_the_keys_and_arrays_that_start_anywhere(lab: Lab) -> None:
+def test_arrays_that_start_anywhere_and_lie_in_any_order(lab: Lab) -> None:
     rng = np.random.default_rng(6)
-    queries, pairs = attention_case(rng, "bfloat16", 64, 64, 1, 4)
+    queries, pairs = attention_case(rng, "bfloat16", 64, 64, 2, 4)
     keys, values = pairs(11)
-    queries = queries.astype(DTYPES["bfloat16"])
+    expected = written_out(queries, keys, values, np.zeros((2, 4, 11)))
     shifted = [lab.put(np.concatenate([x[..., :1], x], axis=-1))[..., 1:] for x in (queries, keys, values)]
-    got = attend_clusters(shifted[0], 1.0, (*shifted[1:], None), None, device=lab.device)
-    expected = written_out(queries, keys, values, np.zeros((1, 4, 11)))
-    np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
+    turned = [lab.put(np.ascontiguousarray(x.swapaxes(0, 1))).swapaxes(0, 1) for x in (queries, keys, values)]
+    for arrays in (shifted, turned):
+        got = _attention.attend(lab.device, *arrays)
+        np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
+
+
+def test_the_front_of_a_buffer_is_read_where_it_lies(lab: Lab) -> None:
+    buffer = lab.put(np.zeros((3, 20, 8), dtype=np.float16))
+    for view, copied in ((buffer, False), (buffer[:, :7], False), (buffer[1:, :7], False), (buffer[..., :4], True)):
+        x, step = lab.device.streams(view)
+        assert (lab.device.pointer(x) != lab.device.pointer(view)) == copied
+        assert step == (20 * 4 if copied else 20 * 8)
+    assert lab.device.streams(buffer[:1, :7])[1] == 7 * 8
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16])
@@ -145,24 +155,25 @@ def test_queries_in_the_dtype_of_the_keys_and_arrays_that_start_anywhere(lab: La
 def test_any_number_of_rows_and_of_pairs(lab: Lab, rows: int, n: int) -> None:
     rng = np.random.default_rng(rows)
     queries, pairs = attention_case(rng, "bfloat16", 64, 64, 1, rows)
-    exact, means = pairs(n), pairs(3)
-    ones, none = np.ones((1, 3), np.float32), np.zeros((1, 3, 4), np.float32)
-    arrays = [[lab.put(x) for x in group] for group in (exact, (*means, ones, none))]
-    got = attend_clusters(lab.put(queries), 1.0, (*arrays[0], None), tuple(arrays[1]), device=lab.device)
-    both = [np.concatenate(pair, axis=1) for pair in zip(exact, means, strict=True)]
-    expected = written_out(queries, *both, np.zeros((1, rows, n + 3)))
+    keys, values = pairs(3 + n)
+    clusters = lab.put(np.ones((1, 3), np.int32)), lab.put(np.zeros((1, 3, 4), np.float32))
+    got = _attention.attend(lab.device, *map(lab.put, (queries, keys, values)), clusters)
+    expected = written_out(queries, keys, values, np.zeros((1, rows, n + 3)))
     np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
     np.testing.assert_allclose(lab.get(got[1]), expected[1], **TOLERANCE)
 
 
-def test_a_decoding_step_is_two_launches() -> None:
+def test_a_decoding_step_is_two_launches_and_copies_nothing() -> None:
     lab = cuda_labs.emulation()
     rng = np.random.default_rng(7)
     queries, pairs = attention_case(rng, "bfloat16", 64, 64, 2, 4)
-    exact, means = pairs(9), pairs(9)
-    ones = np.ones((2, 9), dtype=np.float32)
-    attend_clusters(queries, 1.0, (*exact, None), (*means, ones, np.zeros((2, 9, 4), np.float32)), device=lab.device)
-    assert [launch.kernel for launch in lab.device.launches] == ["attend_split", "attend_join"]  # type: ignore[attr-defined]
+    keys, values = pairs(25)
+    clusters = np.ones((2, 9), dtype=np.int32), np.zeros((2, 9, 4), dtype=DTYPES["bfloat16"])
+    _attention.attend(lab.device, queries, keys[:, :18], values[:, :18], clusters)
+    split, join = lab.device.launches  # type: ignore[attr-defined]
+    assert (split.kernel, join.kernel) == ("attend_split", "attend_join")
+    given = {x.ctypes.data for x in (queries, keys, values, *clusters)}
+    assert given <= {int(x) for x in split.arguments if isinstance(x, np.uint64)}
 
 
 # Threefry
@@ -226,8 +237,9 @@ def means_case(rng: np.random.Generator, streams: int, n: int, head_dim: int, va
     spread = rng.integers(0, 4, size=(streams, n, merging.bands(head_dim)))
     importance = 2.0 ** rng.integers(-1, 2, size=(streams, n))
     order = rng.permutation(n)
-    arrays = (keys, values, counts, spread, importance)
-    return Means(*(np.ascontiguousarray(x[:, order]).astype(np.float32) for x in arrays))
+    arrays = keys, values, counts, spread, importance
+    means = Means(*(np.ascontiguousarray(x[:, order]).astype(np.float32) for x in arrays))
+    return replace(means, counts=means.counts.astype(np.int32))
 
 
 def rounds_of_mutual_neighbours(costs: np.ndarray, surplus: int) -> dict[int, int]:
@@ -259,11 +271,13 @@ def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most:
     streams = 2
     costs = rng.integers(0, 4 if seed % 2 else 1000, size=(streams, n, n)).astype(np.float32)
     costs = np.minimum(costs, costs.swapaxes(1, 2))
-    counts = (rng.random((streams, n)) < 0.9).astype(np.float32)
+    counts = (rng.random((streams, n)) < 0.9).astype(np.int32)
     possible = (counts[:, :, None] > 0) & (counts[:, None, :] > 0) & ~np.eye(n, dtype=bool)
     costs[~possible] = np.inf
     places = min(n, most + 3)
-    source, other = map(lab.get, _merging.match(lab.device, lab.put(costs), lab.put(counts), most, places))
+    moved = lab.put(np.full((streams, n), -1))
+    matched = _merging.match(lab.device, lab.put(costs), lab.put(counts), most, places, moved, True)
+    source, other, moved = map(lab.get, (*matched, moved))
     for s in range(streams):
         live = [i for i in range(n) if counts[s, i] > 0]
         pairs = rounds_of_mutual_neighbours(costs[s], len(live) - most)
@@ -271,6 +285,9 @@ def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most:
         kept = [i for i in live if i not in gone]
         expected = [(i, pairs.get(i, -1)) for i in kept] + [(i, -2) for i in range(n) if i not in kept]
         assert list(zip(source[s].tolist(), other[s].tolist(), strict=True)) == expected[:places]
+        place = {i: p for p, (i, _) in enumerate(expected)}
+        place |= {j: place[i] for i, j in pairs.items()}
+        assert moved[s].tolist() == [place[i] for i in range(n)]
 
 
 @pytest.mark.parametrize(("n", "head_dim", "value_dim"), [(1, 8, 8), (31, 8, 3), (70, 64, 64)])
@@ -278,40 +295,64 @@ def test_costs_equal_the_portable_ones_to_the_last_bit(lab: Lab, n: int, head_di
     rng = np.random.default_rng(8)
     means = means_case(rng, 2, n, head_dim, value_dim)
     value_scale = np.float32([0.5, 2.0])
-    for metric in (None, (4.0 ** rng.integers(-1, 2, size=(2, head_dim))).astype(np.float32)):
-        device = lab.device
-        arrays = tuple(map(lab.put, means.arrays()))
-        points, norms = _merging.points_of(
-            device, arrays, None if metric is None else lab.put(metric), lab.put(value_scale)
-        )
-        gram = device.xp.matmul(points, device.xp.swapaxes(points, -1, -2))
-        got = lab.get(_merging.costs_of_pairs(device, gram, norms, arrays[2], arrays[4]))
-        full = None if metric is None else metric[:, :, None] * np.eye(head_dim, dtype=np.float32)
-        np.testing.assert_array_equal(got, merging.ward_costs(means, full, value_scale))
+    root = rng.integers(-1, 2, size=(2, head_dim, head_dim)).astype(np.float32)
+    for metric in (None, root @ root.swapaxes(1, 2)):
+        given = None if metric is None else lab.put(metric)
+        got = lab.get(_merging.ward_costs(lab.device, means.each(lab.put), given, lab.put(value_scale)))
+        np.testing.assert_array_equal(got, merging.ward_costs(means, metric, value_scale))
         np.testing.assert_array_equal(got, got.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize(
-    ("n", "most", "places", "head_dim", "value_dim"),
-    [(40, 30, None, 8, 8), (65, 20, 25, 64, 64), (90, 10, None, 80, 3), (30, 40, None, 8, 8), (20, 1, None, 3, 5)],
+    ("n", "most", "places", "head_dim", "value_dim", "dtype"),
+    [
+        (40, 30, 30, 8, 8, "float16"),
+        (65, 20, 25, 64, 64, "bfloat16"),
+        (65, 20, 50, 8, 8, None),
+        (90, 10, 10, 80, 3, "float32"),
+        (30, 40, 30, 8, 8, "float16"),
+        (20, 1, 1, 3, 5, None),
+        (1, 1, 1, 4, 4, "float16"),
+    ],
 )
 def test_merging_ends_as_the_portable_merging(
-    lab: Lab, n: int, most: int, places: int | None, head_dim: int, value_dim: int
+    lab: Lab, n: int, most: int, places: int, head_dim: int, value_dim: int, dtype: str | None
 ) -> None:
     lab = lab.seeded(n)
-    means = means_case(np.random.default_rng(n), 3, n, head_dim, value_dim)
+    rng = np.random.default_rng(n)
+    means = means_case(rng, 3, n, head_dim, value_dim)
+    if dtype is not None:
+        means = replace(means, leaders=rng.normal(size=means.keys.shape).astype(DTYPES[dtype]))
     value_scale = np.float32([1.0, 2.0, 0.5])
-    device_means = Means(*map(lab.put, means.arrays()))
-    got = merge_closest(device_means, None, lab.put(value_scale), most, places, device=lab.device)
-    expected = merging.merge_closest(means, None, value_scale, most)
-    expected = merging.compact(expected, min(most, n) if places is None else places)
+    got, moved = _merging.shrink(lab.device, means.each(lab.put), None, lab.put(value_scale), most, places)
+    got = got.each(lab.get)
+    # NumPy's take_along_axis does without an order of bfloat16: leaders follow as the numbers of their places.
+    numbered = np.broadcast_to(np.arange(n)[None, :, None], (3, n, 1))
+    expected, expected_moved = merging.merge_closest(replace(means, leaders=numbered), None, value_scale, most, places)
     live = expected.counts > 0
-    np.testing.assert_array_equal(lab.get(got.counts), expected.counts)
-    for mine, portable in zip(got.arrays(), expected.arrays(), strict=True):
-        np.testing.assert_allclose(lab.get(mine)[live], portable[live], **TOLERANCE)
+    np.testing.assert_array_equal(lab.get(moved), expected_moved)
+    assert got.counts.dtype == np.int32
+    np.testing.assert_array_equal(got.counts, expected.counts)
+    for name in ("keys", "values", "spread", "importance"):
+        np.testing.assert_allclose(getattr(got, name)[live], getattr(expected, name)[live], err_msg=name, **TOLERANCE)
+    if dtype is None:
+        assert got.leaders is None
+    else:
+        leaders = np.take_along_axis(means.leaders, expected.leaders, axis=1)
+        assert got.leaders.dtype == DTYPES[dtype]
+        np.testing.assert_array_equal(got.leaders[live], leaders[live])
 
 
-@pytest.mark.parametrize("metric", ["none", "diagonal", "full"])
+def test_where_nothing_has_to_merge_the_clusters_only_close_up() -> None:
+    lab = cuda_labs.emulation()
+    means = means_case(np.random.default_rng(3), 2, 50, 8, 8)
+    got, moved = _merging.shrink(lab.device, means, None, np.ones(2, np.float32), 50, 50)
+    assert [launch.kernel for launch in lab.device.launches] == ["match_pairs", "merge_pairs"]  # type: ignore[attr-defined]
+    for s in range(2):
+        np.testing.assert_array_equal(got.keys[s][moved[s]], means.keys[s])
+
+
+@pytest.mark.parametrize("metric", ["none", "full"])
 def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> None:
     rng = np.random.default_rng(9)
     streams, n, head_dim = 2, 120, 16
@@ -319,21 +360,16 @@ def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> N
     counts, importance = rng.integers(1, 9, size=(streams, n)), rng.random((streams, n)) + 0.1
     spread = rng.random((streams, n, 4))
     means = Means(*(np.asarray(x, dtype=np.float32) for x in (keys, values, counts, spread, importance)))
+    means = replace(means, counts=means.counts.astype(np.int32))
     root = rng.normal(size=(streams, head_dim, head_dim)).astype(np.float32)
-    chosen = {
-        "none": None,
-        "diagonal": rng.random((streams, head_dim)).astype(np.float32),
-        "full": root @ root.swapaxes(1, 2),
-    }
-    m = chosen[metric]
-    got = merge_closest(
-        Means(*map(lab.put, means.arrays())),
-        None if m is None else lab.put(m),
-        lab.put(np.ones(streams, dtype=np.float32)),
-        50,
-        device=lab.device,
-    )
-    new = Means(*map(lab.get, got.arrays()))
+    given = None if metric == "none" else lab.put(root @ root.swapaxes(1, 2))
+    scale = lab.put(np.ones(streams, dtype=np.float32))
+    got, moved = _merging.shrink(lab.device, means.each(lab.put), given, scale, 50, 50)
+    new = got.each(lab.get)
+    members = np.zeros((streams, 50), dtype=np.int32)
+    for s in range(streams):
+        np.add.at(members[s], lab.get(moved)[s], counts[s])
+    np.testing.assert_array_equal(new.counts, members)
     assert (new.counts > 0).sum(axis=1).tolist() == [50, 50]
 
     def moments(x: Means) -> list[np.ndarray]:
@@ -346,13 +382,9 @@ def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> N
     np.testing.assert_allclose(new.importance.sum(axis=1), means.importance.sum(axis=1), rtol=1e-5)
 
 
-def test_as_many_clusters_as_there_is_room_for(lab: Lab) -> None:
-    n = _merging.MOST_CLUSTERS
-    assert n >= 1024 + 512
-    assert math.isclose(_merging._match_shared(n), 48 << 10, rel_tol=0.02)
-    x = np.zeros((1, n + 1, 4), dtype=np.float32)
-    with pytest.raises(ValueError, match=f"at most {n} clusters"):
-        merge_closest(Means(x, x, x[..., 0], x, x[..., 0]), None, np.ones(1, np.float32), 8, device=lab.device)
+def test_there_is_room_for_many_clusters() -> None:
+    assert _merging.MOST_CLUSTERS >= 1024 + 512
+    assert math.isclose(_merging._match_shared(_merging.MOST_CLUSTERS), 48 << 10, rel_tol=0.02)
 
 
 # Barriers
@@ -378,36 +410,3 @@ def test_nothing_is_read_or_written_out_of_bounds() -> None:
         [sys.executable, "-m", "cuda_emulation.sanitized"], capture_output=True, text=True, env=environment
     )
     assert done.stdout == "done\n", done.stderr
-
-
-# Arguments
-
-
-def test_what_does_not_fit_is_said() -> None:
-    device = cuda_labs.emulation().device
-    q = np.zeros((2, 4, 8), dtype=np.float32)
-    k = np.zeros((2, 5, 8), dtype=np.float32)
-    counts, spread = np.ones((2, 5), np.float32), np.ones((2, 5, 4), np.float32)
-    for error, message, call in [
-        (ValueError, "exact pairs, clusters or both", (q, 1.0, None, None)),
-        (ValueError, r"must have shape \(streams, m, head_dim\), got \(4, 8\)", (q[0], 1.0, (k, k, None), None)),
-        (ValueError, r"keys \(1, 5, 8\).*do not fit queries \(2, 4, 8\)", (q, 1.0, (k[:1], k, None), None)),
-        (ValueError, r"log-weights \(2, 5\) must be \(1 or 2, 1 or 4, 5\)", (q, 1.0, (k, k, counts), None)),
-        (ValueError, r"counts \(2, 4\)", (q, 1.0, None, (k, k, counts[:, :4], spread))),
-        (ValueError, "8 cannot be cut into 3 bands", (q, 1.0, None, (k, k, counts, spread[..., :3]))),
-        (
-            TypeError,
-            "exact: keys must be float16, bfloat16, float32; got float64",
-            (q, 1.0, (k.astype(float), k, None), None),
-        ),
-        (TypeError, "keys and values must have one dtype", (q, 1.0, (k, k.astype(np.float16), None), None)),
-        (TypeError, "must have one dtype", (q, 1.0, (k, k, None), (k.astype(np.float16), k, counts, spread))),
-        (
-            ValueError,
-            "needs queries and pairs, got .* 0 exact pairs and 0 clusters",
-            (q, 1.0, (k[:, :0],) * 2 + (None,), None),
-        ),
-        (TypeError, "queries must be float32 or", (q.astype(float), 1.0, (k, k, None), None)),
-    ]:
-        with pytest.raises(error, match=message):
-            attend_clusters(*call, device=device)

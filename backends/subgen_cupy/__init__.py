@@ -1,8 +1,7 @@
 """The CuPy backend: CUDA kernels, compiled when they are first needed.
 
-Beside the operations of the registry it offers two that keep a whole step on the device, without ever asking the host:
-`attend_clusters` (a decoding step over exact pairs and clusters) and `merge_closest` (the merging of a block into
-them), and `capture`, which records such a step as a CUDA graph. How the kernels are laid out and tested: docs/gpu.md.
+Its operations never ask the host, so steps made of them can be recorded as a CUDA graph: `capture`. How the kernels are
+laid out and tested: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -10,11 +9,25 @@ from __future__ import annotations
 from subgen.backends import Backend
 
 from ._cupy import capture
-from ._operations import assign_leaders, attend_clusters, merge_closest, threefry2x32, weighted_attention
+from ._operations import (
+    assign_leaders,
+    merge_closest,
+    sketch_attention,
+    threefry2x32,
+    weighted_attention,
+    write,
+)
 
-__all__ = ["BACKEND", "attend_clusters", "capture", "merge_closest"]
+__all__ = ["BACKEND", "capture"]
 
 BACKEND = Backend(
     "cupy",
-    {"threefry2x32": threefry2x32, "assign_leaders": assign_leaders, "weighted_attention": weighted_attention},
+    {
+        "threefry2x32": threefry2x32,
+        "assign_leaders": assign_leaders,
+        "weighted_attention": weighted_attention,
+        "sketch_attention": sketch_attention,
+        "merge_closest": merge_closest,
+        "write": write,
+    },
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ._launch import ELEMENTS, MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, f32, i32, i64
+from subgen.merging import bands as bands_of
+
+from ._launch import ELEMENTS, MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, i32, i64
 
 __all__ = ["MOST_DIM", "MOST_ROWS", "attend", "attention_module"]
 
@@ -21,13 +23,13 @@ _BLOCKS_EACH = 6
 _MOST_PIECES = 64
 
 
-def attention_module(dtype: str, query_dtype: str, head_dim: int, value_dim: int, rows: int, bands: int) -> Module:
+def attention_module(dtype: str, spread_dtype: str, head_dim: int, value_dim: int, rows: int, bands: int) -> Module:
     """Choose the variant of the kernels for a shape.
 
     Parameters
     ----------
-    dtype, query_dtype : str
-        Names in `ELEMENTS`.
+    dtype, spread_dtype : str
+        Names in `ELEMENTS`: of keys and values, and of the spread of clusters.
     head_dim, value_dim, rows, bands : int
 
     Returns
@@ -59,7 +61,7 @@ def attention_module(dtype: str, query_dtype: str, head_dim: int, value_dim: int
     ahead = 1 if held > 32 else 2 if held > 16 else 3 if tile == 4 else 4
     return Module(
         "attention.cu",
-        types=(("ELEMENT", ELEMENTS[dtype]), ("QUERY", ELEMENTS[query_dtype])),
+        types=(("ELEMENT", ELEMENTS[dtype]), ("SPREAD", ELEMENTS[spread_dtype])),
         constants=(
             ("HEAD_DIM", head_dim),
             ("VALUE_DIM", value_dim),
@@ -84,70 +86,58 @@ def _pieces(count: int, streams_and_tiles: int, keys_a_turn: int, device: Device
 def attend(
     device: Device,
     queries: Array,
-    scale: float,
-    exact: tuple[Array, Array, Array | None] | None,
-    clusters: tuple[Array, Array, Array, Array] | None,
+    keys: Array,
+    values: Array,
+    clusters: tuple[Array, Array] | None = None,
+    log_weights: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Weighted attention over exact pairs and merged clusters at once.
+    """Weighted attention over merged clusters, and over exact pairs behind them.
 
     Parameters
     ----------
     device : Device
-    queries : array, shape (streams, m, head_dim)
-        float32, or the dtype of the keys. Query heads that share a key-value head are rows of one stream.
-    scale : float
-        Factor of the queries.
-    exact : (keys, values, log_weights or None), or None
-        Shapes (streams, n, head_dim), (streams, n, value_dim) and float32 (1 or streams, 1 or m, n); None is a
-        weight of one.
-    clusters : (keys, values, counts, spread), or None
-        Shapes (streams, c, head_dim), (streams, c, value_dim), float32 (streams, c) and (streams, c, bands).
-        Log-weights as in `subgen.means.log_weights`; a count of zero is a free place.
+    queries : float32 array, shape (streams, m, head_dim)
+        Scaled. Query heads that share a key-value head are rows of one stream.
+    keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
+        float16, bfloat16 or float32. Each stream may be the front of a longer buffer: it is read where it lies.
+    clusters : (counts, spread), or None
+        Of the first pairs: int32 (streams, c) and (streams, c, bands). Log-weights as in `subgen.mass.log_weights`;
+        a count of zero is a free place.
+    log_weights : float32 array, shape (1 or streams, 1 or m, n - c), or None
+        Of the exact pairs; None is a weight of one.
 
     Returns
     -------
     outputs : float32 array, shape (streams, m, value_dim)
     logsumexp : float32 array, shape (streams, m)
     """
-    some = exact if exact is not None else clusters
-    if some is None:
-        raise ValueError("attend needs exact pairs, clusters or both")
     streams, rows, head_dim = queries.shape
-    value_dim, dtype = some[1].shape[-1], element(some[0].dtype)
-    queries = device.packed(queries)
-    bands = 1 if clusters is None else clusters[3].shape[-1]
-    module = attention_module(dtype, element(queries.dtype), head_dim, value_dim, rows, bands)
+    value_dim = values.shape[-1]
+    mean_count = 0 if clusters is None else clusters[0].shape[1]
+    exact_count = keys.shape[1] - mean_count
+    queries = device.packed(queries, "float32")
+    (keys, keys_per_stream), (values, values_per_stream) = device.streams(keys), device.streams(values)
+    dtype = element(keys.dtype)
+    counts = spread = weights = None
+    # Without clusters, the variant that most calls with them need: one compilation for both.
+    bands, spread_dtype = bands_of(head_dim), dtype
+    if clusters is not None and mean_count:
+        counts, spread = device.packed(clusters[0], "int32"), device.packed(clusters[1])
+        bands, spread_dtype = spread.shape[-1], element(spread.dtype)
+    per_stream = per_row = 0
+    if log_weights is not None:
+        weights = device.packed(log_weights, "float32")
+        per_row = 0 if weights.shape[1] == 1 else exact_count
+        per_stream = 0 if weights.shape[0] == 1 else weights.shape[1] * exact_count
+    module = attention_module(dtype, spread_dtype, head_dim, value_dim, rows, bands)
     constants = dict(module.constants)
     tiles = ceil_div(rows, constants["ROWS"])
-
-    exact_arguments: list[object] = [address(device, None)] * 3 + [i64(0), i64(0)]
-    mean_arguments: list[object] = [address(device, None)] * 4
-    exact_count = mean_count = 0
-    kept: list[Array] = []  # copies must live until the launch
-    if exact is not None:
-        exact_count = exact[0].shape[1]
-        keys, values = (device.packed(x, dtype) for x in exact[:2])
-        weights = None if exact[2] is None else device.packed(exact[2], "float32")
-        kept += [keys, values, weights]
-        per_row = 0 if weights is None or weights.shape[1] == 1 else exact_count
-        per_stream = 0 if weights is None or weights.shape[0] == 1 else weights.shape[1] * exact_count
-        exact_arguments = [*(address(device, x) for x in (keys, values, weights)), i64(per_stream), i64(per_row)]
-    if clusters is not None:
-        mean_count = clusters[0].shape[1]
-        means = [device.packed(x, d) for x, d in zip(clusters, (dtype, dtype, "float32", "float32"), strict=True)]
-        kept += means
-        mean_arguments = [address(device, x) for x in means]
 
     keys_a_turn = _WARPS * (32 // constants["LANES"]) * constants["AHEAD"]
     # Exact pairs and clusters share the blocks in proportion.
     exact_pieces = _pieces(exact_count, streams * tiles * (2 if mean_count > exact_count else 1), keys_a_turn, device)
     mean_pieces = _pieces(mean_count, streams * tiles, keys_a_turn, device)
     pieces = exact_pieces + mean_pieces
-    if streams * rows * value_dim == 0 or pieces == 0:
-        raise ValueError(
-            f"attend needs queries and pairs, got queries {tuple(queries.shape)}, {exact_count} exact pairs and "
-            f"{mean_count} clusters"
-        )
     outputs = device.empty((streams, rows, value_dim), "float32")
     logsumexp = device.empty((streams, rows), "float32")
     partial = device.empty((streams, rows, pieces, value_dim), "float32")
@@ -160,16 +150,15 @@ def attend(
             _THREADS,
             [
                 address(device, queries),
-                f32(scale),
                 i32(rows),
-                *exact_arguments,
-                i32(exact_count),
-                i32(exact_pieces),
-                *mean_arguments,
-                i32(mean_count),
-                i32(mean_pieces),
-                address(device, partial),
-                address(device, totals),
+                *(address(device, x) for x in (keys, values)),
+                *(i64(x) for x in (keys_per_stream, values_per_stream)),
+                *(address(device, x) for x in (counts, spread)),
+                *(i32(x) for x in (mean_count, mean_pieces)),
+                address(device, weights),
+                *(i64(x) for x in (per_stream, per_row)),
+                *(i32(x) for x in (exact_count, exact_pieces)),
+                *(address(device, x) for x in (partial, totals)),
             ],
         )
     )
@@ -182,8 +171,7 @@ def attend(
             [
                 *(address(device, x) for x in (partial, totals)),
                 i32(pieces),
-                address(device, outputs),
-                address(device, logsumexp),
+                *(address(device, x) for x in (outputs, logsumexp)),
             ],
         )
     )

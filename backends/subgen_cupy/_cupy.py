@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from ._launch import Array, Launch, Module, element
+from ._launch import ALIGNMENT, Array, Launch, Module, element, stream_step
 
 __all__ = ["CupyDevice", "KernelError", "capture", "device_of"]
 
 Result = TypeVar("Result")
-
-# What a vector load needs; a view may start anywhere.
-_ALIGNMENT = 16
 
 
 class KernelError(RuntimeError):
@@ -69,7 +66,7 @@ class CupyDevice:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Allocate from CuPy's pool."""
         with self.xp.cuda.Device(self.number):
-            return self.xp.empty(shape, dtype=dtype)
+            return self.xp.empty(shape, dtype=_dtype(dtype))
 
     def packed(self, x: Array, dtype: str | None = None) -> Array:
         """Copy if need be."""
@@ -78,7 +75,12 @@ class CupyDevice:
             if dtype is not None and element(x.dtype) != dtype:
                 x = x.astype(_dtype(dtype))
             x = xp.ascontiguousarray(x)
-            return x if self.pointer(x) % _ALIGNMENT == 0 else x.copy()
+            return x if self.pointer(x) % ALIGNMENT == 0 else x.copy()  # a view may start anywhere
+
+    def streams(self, x: Array) -> tuple[Array, int]:
+        """Copy if need be; return the step from stream to stream too."""
+        step = stream_step(x, self.pointer(x))
+        return (self.packed(x), x.shape[1] * x.shape[2]) if step is None else (x, step)
 
     def pointer(self, x: Array) -> int:
         """Return the address of the first element."""

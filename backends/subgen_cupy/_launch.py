@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 __all__ = [
+    "ALIGNMENT",
     "ELEMENTS",
     "MAX_SHARED",
     "Device",
@@ -23,10 +24,10 @@ __all__ = [
     "address",
     "ceil_div",
     "element",
-    "f32",
     "f64",
     "i32",
     "i64",
+    "stream_step",
 ]
 
 Array = Any
@@ -34,11 +35,14 @@ Array = Any
 #: Names of dtypes, and the types of kernels/common.cuh that keys and values of that dtype are read as.
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
+#: Bytes that the widest load of a kernel is aligned to.
+ALIGNMENT = 16
+
 #: Shared memory that every device gives a block without being asked for more.
 MAX_SHARED = 48 << 10
 
 # Arguments travel as NumPy scalars: their size is then the size of the kernel's parameter, whoever launches it.
-i32, i64, f32, f64 = np.int32, np.int64, np.float32, np.float64
+i32, i64, f64 = np.int32, np.int64, np.float64
 
 
 def element(dtype: object) -> str:
@@ -123,11 +127,31 @@ class Device(Protocol):
     def packed(self, x: Array, dtype: str | None = None) -> Array:
         """Return the array, or a copy, so that it is C-contiguous, of a dtype and aligned to 16 bytes."""
 
+    def streams(self, x: Array) -> tuple[Array, int]:
+        """Return a 3-d array, or a copy, that is packed but for its first axis, and the elements of a step along that."""
+
     def pointer(self, x: Array) -> int:
         """Return the address of the first element."""
 
     def run(self, launch: Launch) -> None:
         """Put a launch into the queue."""
+
+
+def stream_step(x: Array, pointer: int) -> int | None:
+    """Elements from one stream to the next in a NumPy-like array; None where it must be packed before a kernel reads it.
+
+    The front of a buffer, ``buffer[:, :n]``, needs no copy: its streams are packed, and only lie apart.
+    """
+    streams, n, width = x.shape
+    size = x.dtype.itemsize
+    row = width * size
+    dense = (n == 1 or x.strides[1] == row) and (width == 1 or x.strides[2] == size) and pointer % ALIGNMENT == 0
+    if not dense or x.size == 0:
+        return None
+    if streams == 1:
+        return n * width
+    # Whole rows, so that every load is as aligned as that of the first row.
+    return x.strides[0] // size if x.strides[0] >= n * row and x.strides[0] % row == 0 else None
 
 
 def address(device: Device, x: Array | None) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from ._launch import MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, i32, i64
+from subgen.merging import Means
 
-__all__ = ["MERGING", "MOST_CLUSTERS", "costs_of_pairs", "match", "merge", "points_of", "shrink"]
+from ._launch import MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, i32, i64
+
+__all__ = ["MERGING", "MOST_CLUSTERS", "costs_of_pairs", "match", "merge", "shrink", "ward_costs"]
 
 MERGING = Module("merging.cu")
 _TILE = 32
 _WARPS = 8
 _THREADS = 256
 _MATCH_THREADS = 512
-
-Means = tuple[Array, Array, Array, Array, Array]
 
 
 def _match_shared(n: int) -> int:
@@ -24,40 +24,39 @@ def _match_shared(n: int) -> int:
 MOST_CLUSTERS = (MAX_SHARED - 256) // 11
 
 
-def points_of(device: Device, means: Means, metric: Array | None, value_scale: Array) -> tuple[Array, Array]:
-    """Points whose squared distances, times Ward's factor, are the costs of pairs.
+def points_of(device: Device, means: Means, value_scale: Array) -> Array:
+    """Points whose squared distances, times Ward's factor, are the costs of pairs if the metric is the identity.
 
     Parameters
     ----------
     device : Device
-    means : (keys, values, counts, spread, importance)
-        float32, C-contiguous; see `subgen.merging.Means`.
-    metric : float32 array, shape (streams, head_dim), or None
-        Diagonal of the metric; None is the identity.
+    means : subgen.merging.Means
+        As `packed` gives it.
     value_scale : float32 array, shape (streams,)
 
     Returns
     -------
-    points : float32 array, shape (streams, n, head_dim + value_dim)
-    norms : float32 array, shape (streams, n)
-        Squared.
+    float32 array, shape (streams, n, head_dim + value_dim)
     """
-    keys, values, counts = means[:3]
-    streams, n, head_dim = keys.shape
-    value_dim = values.shape[-1]
+    streams, n, head_dim = means.keys.shape
+    value_dim = means.values.shape[-1]
     mean = device.empty((streams, head_dim), "float32")
     points = device.empty((streams, n, head_dim + value_dim), "float32")
-    norms = device.empty((streams, n), "float32")
-    arguments = [address(device, keys), address(device, counts), i32(n), i32(head_dim), address(device, mean)]
+    arguments = [
+        *(address(device, x) for x in (means.keys, means.counts)),
+        i32(n),
+        i32(head_dim),
+        address(device, mean),
+    ]
     device.run(Launch(MERGING, "weighted_mean", streams * ceil_div(head_dim, _TILE), _THREADS, arguments))
     arguments = [
-        *(address(device, x) for x in (keys, values, mean, metric, value_scale)),
+        *(address(device, x) for x in (means.keys, means.values, mean, value_scale)),
         i64(streams * n),
         *(i32(x) for x in (n, head_dim, value_dim)),
-        *(address(device, x) for x in (points, norms)),
+        address(device, points),
     ]
     device.run(Launch(MERGING, "features", ceil_div(streams * n, _WARPS), _THREADS, arguments))
-    return points, norms
+    return points
 
 
 def costs_of_pairs(device: Device, gram: Array, norms: Array, counts: Array, importance: Array) -> Array:
@@ -68,33 +67,54 @@ def costs_of_pairs(device: Device, gram: Array, norms: Array, counts: Array, imp
     return gram
 
 
-def match(device: Device, costs: Array, counts: Array, most: int, places: int) -> tuple[Array, Array]:
+def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: Array) -> Array:
+    """Cost of merging each pair; see `subgen.merging.ward_costs`. Arrays as `packed` gives them."""
+    xp, head_dim = device.xp, means.keys.shape[-1]
+    points = points_of(device, means, value_scale)
+    mapped = points
+    if metric is not None:
+        mapped = xp.concatenate([xp.matmul(points[..., :head_dim], metric), points[..., head_dim:]], axis=-1)
+    gram = device.packed(xp.matmul(mapped, xp.swapaxes(points, -1, -2)))
+    norms = device.packed(xp.diagonal(gram, axis1=-2, axis2=-1))
+    return costs_of_pairs(device, gram, norms, means.counts, means.importance)
+
+
+def match(
+    device: Device, costs: Array | None, counts: Array, most: int, places: int, moved: Array, first: bool
+) -> tuple[Array, Array]:
     """Choose pairs as `subgen.merging` does and say which clusters each place of the result comes from.
 
     Parameters
     ----------
     device : Device
-    costs : float32 array, shape (streams, n, n)
-    counts : float32 array, shape (streams, n)
+    costs : float32 array, shape (streams, n, n), or None
+        None if ``most`` is at least n: then clusters only close up.
+    counts : int32 array, shape (streams, n)
     most : int
         Pairs merge until this many clusters are left, or there are no more pairs.
     places : int
         Places of the result.
+    moved : int64 array, shape (streams, given)
+        Where each cluster stands that was given to the first pass: brought up to date.
+    first : bool
+        Whether this is the first pass; ``moved`` is then written without being read.
 
     Returns
     -------
     source, other : int32 arrays, shape (streams, places)
         The first and the second of each pair; ``other`` is -1 for a cluster alone, -2 for a free place.
     """
-    streams, n, _ = costs.shape
-    partner, cost = device.empty((streams, n), "int32"), device.empty((streams, n), "float32")
-    arguments = [address(device, costs), i64(streams * n), i32(n), address(device, partner), address(device, cost)]
-    device.run(Launch(MERGING, "nearest_pairs", ceil_div(streams * n, _WARPS), _THREADS, arguments))
+    streams, n = counts.shape
+    partner = cost = None
+    if costs is not None:
+        partner, cost = device.empty((streams, n), "int32"), device.empty((streams, n), "float32")
+        arguments = [address(device, costs), i64(streams * n), i32(n), address(device, partner), address(device, cost)]
+        device.run(Launch(MERGING, "nearest_pairs", ceil_div(streams * n, _WARPS), _THREADS, arguments))
     source, other = device.empty((streams, places), "int32"), device.empty((streams, places), "int32")
     arguments = [
         *(address(device, x) for x in (costs, counts, partner, cost)),
-        *(i32(x) for x in (n, most, places)),
-        *(address(device, x) for x in (source, other)),
+        *(i32(x) for x in (n, most, places, moved.shape[1], first)),
+        *(address(device, x) for x in (source, other, moved)),
     ]
     device.run(Launch(MERGING, "match_pairs", streams, _MATCH_THREADS, arguments, shared=_match_shared(n)))
     return source, other
@@ -102,70 +122,68 @@ def match(device: Device, costs: Array, counts: Array, most: int, places: int) -
 
 def merge(device: Device, means: Means, source: Array, other: Array) -> Means:
     """Merge the pairs of `match` into new arrays with a place for each."""
-    keys, values, _, spread, _ = means
-    streams, n, head_dim = keys.shape
-    places, value_dim, bands = source.shape[1], values.shape[-1], spread.shape[-1]
-    shapes = (places, head_dim), (places, value_dim), (places,), (places, bands), (places,)
-    new_keys, new_values, new_counts, new_spread, new_importance = (
-        device.empty((streams, *shape), "float32") for shape in shapes
-    )
-    new = new_keys, new_values, new_counts, new_spread, new_importance
+    streams, n, head_dim = means.keys.shape
+    places, value_dim, bands = source.shape[1], means.values.shape[-1], means.spread.shape[-1]
+    new = means.each(lambda x: device.empty((streams, places, *x.shape[2:]), element(x.dtype)))
+    halves = 0 if means.leaders is None else head_dim * means.leaders.dtype.itemsize // 2
     arguments = [
-        *(address(device, x) for x in (*means, source, other)),
-        *(i32(x) for x in (n, places, head_dim, value_dim, bands)),
-        *(address(device, x) for x in new),
+        *(address(device, x) for x in (*_arrays(means), source, other)),
+        *(i32(x) for x in (n, places, head_dim, value_dim, bands, halves)),
+        *(address(device, x) for x in _arrays(new)),
     ]
     device.run(Launch(MERGING, "merge_pairs", streams * places, 128, arguments))
     return new
 
 
-def shrink(device: Device, means: Means, metric: Array | None, value_scale: Array, most: int, places: int) -> Means:
-    """Merge closest pairs until at most ``most`` clusters are left, and keep a number of places.
+def _arrays(means: Means) -> tuple[Array | None, ...]:
+    return means.keys, means.values, means.counts, means.spread, means.importance, means.leaders
+
+
+def packed(device: Device, means: Means) -> Means:
+    """Return the arrays as the kernels read them."""
+    return Means(
+        keys=device.packed(means.keys, "float32"),
+        values=device.packed(means.values, "float32"),
+        counts=device.packed(means.counts, "int32"),
+        spread=device.packed(means.spread, "float32"),
+        importance=device.packed(means.importance, "float32"),
+        leaders=None if means.leaders is None else device.packed(means.leaders),
+    )
+
+
+def shrink(
+    device: Device, means: Means, metric: Array | None, value_scale: Array, most: int, places: int
+) -> tuple[Means, Array]:
+    """Merge closest pairs until at most a number of clusters is left; see `subgen.merging.merge_closest`.
 
     A matching halves what there is if it must, so the number of passes follows from the shapes alone.
 
     Parameters
     ----------
-    device, means, value_scale
-        As in `points_of`.
-    metric : float32 array, shape (streams, head_dim) or (streams, head_dim, head_dim), or None
-    most, places : int
+    device : Device
+    means : subgen.merging.Means
+        In float32, with at most `MOST_CLUSTERS` places and at least one.
+    metric, value_scale, most, places
+        As in `subgen.merging.merge_closest`.
 
     Returns
     -------
-    (keys, values, counts, spread, importance)
-        With ``places`` places, live clusters first.
-
-    Raises
-    ------
-    ValueError
-        If there are more clusters than `MOST_CLUSTERS`, or no room for those that are left.
+    means : subgen.merging.Means
+    moved : int64 array, shape (streams, places before)
     """
-    n, head_dim = means[0].shape[1:]
-    if n > MOST_CLUSTERS:
-        raise ValueError(f"at most {MOST_CLUSTERS} clusters with their new tokens merge on the device, got {n}")
-    if not 1 <= places <= n or most < 1:
-        raise ValueError(f"need 1 <= places <= {n} clusters and most >= 1, got places={places}, most={most}")
-    packed = [device.packed(x, "float32") for x in means]
-    keys, values, counts, spread, importance = packed
-    means = keys, values, counts, spread, importance
-    value_scale = device.packed(value_scale, "float32")
-    full = metric is not None and len(metric.shape) == 3
+    streams, given = means.counts.shape
+    places = min(places, given)
+    means, value_scale = packed(device, means), device.packed(value_scale, "float32")
     if metric is not None:
         metric = device.packed(metric, "float32")
-    xp = device.xp
+    moved = device.empty((streams, given), "int64")
+    bound, first = given, True  # of the clusters left in a stream
     while True:
-        n = means[0].shape[1]
-        left = places if n - n // 2 <= most else max(places, n - n // 2)
-        points, norms = points_of(device, means, None if full else metric, value_scale)
-        mapped = points
-        if full:
-            keys = xp.matmul(points[..., :head_dim], metric)
-            mapped = xp.concatenate([keys, points[..., head_dim:]], axis=-1)
-        gram = device.packed(xp.matmul(mapped, xp.swapaxes(points, -1, -2)))
-        if full:
-            norms = device.packed(xp.diagonal(gram, axis1=-2, axis2=-1))
-        costs = costs_of_pairs(device, gram, norms, means[2], means[4])
-        means = merge(device, means, *match(device, costs, means[2], most, left))
-        if n - n // 2 <= most:
-            return means
+        costs = None if bound <= most else ward_costs(device, means, metric, value_scale)
+        bound -= bound // 2
+        last = bound <= most
+        left = places if last else max(bound, places)
+        means = merge(device, means, *match(device, costs, means.counts, most, left, moved, first))
+        if last:
+            return means, moved
+        first = False

@@ -1,15 +1,17 @@
-"""What the backend offers: the checks and choices before the launches."""
+"""What the backend offers: the choice, by shape and dtype, between its kernels and the portable code."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from subgen.backends import PORTABLE
 from subgen.merging import Means
 
 from . import _attention, _leaders, _merging, _threefry
 from ._cupy import device_of
-from ._launch import Array, Device, element
+from ._launch import Array, element
 
-__all__ = ["assign_leaders", "attend_clusters", "merge_closest", "threefry2x32", "weighted_attention"]
+__all__ = ["assign_leaders", "merge_closest", "sketch_attention", "threefry2x32", "weighted_attention", "write"]
 
 _STORED = ("float16", "bfloat16", "float32")
 
@@ -31,140 +33,54 @@ def weighted_attention(queries: Array, keys: Array, values: Array, log_weights: 
 
     Few rows of queries over keys of up to 32 bits go to the kernels; the rest are matrix products, which CuPy has.
     """
-    if not _fits(queries, keys, values):
+    if not _few_rows(queries, keys, values):
         answer: tuple[Array, Array] = PORTABLE["weighted_attention"](queries, keys, values, log_weights)
         return answer
-    return _attention.attend(device_of(queries), queries, 1.0, (keys, values, log_weights), None)
+    return _attention.attend(device_of(queries), queries, keys, values, log_weights=log_weights)
 
 
-def attend_clusters(
-    queries: Array,
-    scale: float,
-    exact: tuple[Array, Array, Array | None] | None,
-    clusters: tuple[Array, Array, Array, Array] | None,
-    *,
-    device: Device | None = None,
+def sketch_attention(
+    rows: Array,
+    keys: Array,
+    values: Array,
+    counts: Array,
+    spread: Array,
+    causal: int = 0,
+    weighted: Callable[..., tuple[Array, Array]] = weighted_attention,
 ) -> tuple[Array, Array]:
-    """Answer queries from exact pairs and clusters at once, the log-weights of clusters computed on the way.
+    """Attention over clusters, and over exact pairs behind them; see `subgen.mass.sketch_attention`.
 
-    Two launches, no question to the host: it can be captured in a CUDA graph.
-
-    Parameters
-    ----------
-    queries : array, shape (streams, m, head_dim)
-        float32 or the dtype of the keys; the query heads of a group are rows of one stream.
-    scale : float
-        Factor of the queries.
-    exact : (keys, values, log_weights or None), or None
-        Shapes (streams, n, head_dim), (streams, n, value_dim), (1 or streams, 1 or m, n); None is a weight of one.
-    clusters : (keys, values, counts, spread), or None
-        Shapes (streams, c, head_dim), (streams, c, value_dim), (streams, c), (streams, c, bands).
-    device : Device, optional
-        Where the arrays live, for arrays other than CuPy's.
-
-    Returns
-    -------
-    outputs : float32 array, shape (streams, m, value_dim)
-    logsumexp : float32 array, shape (streams, m)
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit each other, there is nothing to attend to, or a row is too long for the kernel.
-    TypeError
-        If a dtype is not float16, bfloat16 or float32.
+    One pass over both where there are few rows and each sees every pair, as in decoding: a query of the last token
+    does. Two launches and no question to the host, so it can be captured in a CUDA graph.
     """
-    if queries.ndim != 3:
-        raise ValueError(f"queries must have shape (streams, m, head_dim), got {tuple(queries.shape)}")
-    streams, rows, head_dim = queries.shape
-    for name, pairs in (("exact", exact), ("clusters", clusters)):
-        if pairs is None:
-            continue
-        keys, values = pairs[:2]
-        if (
-            keys.ndim != 3
-            or keys.shape[0] != streams
-            or keys.shape[2] != head_dim
-            or keys.shape[:2] != values.shape[:2]
-        ):
-            raise ValueError(
-                f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit queries "
-                f"{tuple(queries.shape)}; expected ({streams}, n, {head_dim}) and ({streams}, n, value_dim)"
-            )
-        for what, x in (("keys", keys), ("values", values)):
-            if element(x.dtype) not in _STORED:
-                raise TypeError(f"{name}: {what} must be {', '.join(_STORED)}; got {element(x.dtype)}")
-        if element(keys.dtype) != element(values.dtype):
-            raise TypeError(
-                f"{name}: keys and values must have one dtype, got {element(keys.dtype)} and {element(values.dtype)}"
-            )
-    if exact is not None and exact[2] is not None:
-        n = exact[0].shape[1]
-        shape = tuple(exact[2].shape)
-        if len(shape) != 3 or shape[0] not in (1, streams) or shape[1] not in (1, rows) or shape[2] != n:
-            raise ValueError(f"log-weights {shape} must be (1 or {streams}, 1 or {rows}, {n})")
-    if clusters is not None:
-        keys, _, counts, spread = clusters
-        bands = spread.shape[-1]
-        if tuple(counts.shape) != tuple(keys.shape[:2]) or tuple(spread.shape) != (*keys.shape[:2], bands):
-            raise ValueError(
-                f"counts {tuple(counts.shape)} and spread {tuple(spread.shape)} must be {tuple(keys.shape[:2])} and "
-                f"{tuple(keys.shape[:2])} with a number of bands"
-            )
-        if bands < 1 or head_dim % bands:
-            raise ValueError(f"head_dim {head_dim} cannot be cut into {bands} bands")
-    stored = {element(pairs[0].dtype) for pairs in (exact, clusters) if pairs is not None}
-    if len(stored) > 1:
-        raise TypeError(f"exact pairs and clusters must have one dtype, got {sorted(stored)}")
-    if element(queries.dtype) not in {"float32", *stored}:
-        raise TypeError(f"queries must be float32 or the dtype of the keys, got {element(queries.dtype)}")
-    return _attention.attend(device or device_of(queries), queries, scale, exact, clusters)
+    if causal > 1 or not _few_rows(rows, keys, values) or element(spread.dtype) not in _STORED:
+        answer: tuple[Array, Array] = PORTABLE["sketch_attention"](rows, keys, values, counts, spread, causal, weighted)
+        return answer
+    return _attention.attend(device_of(rows), rows, keys, values, (counts, spread))
 
 
 def merge_closest(
-    means: Means,
-    metric: Array | None,
-    value_scale: Array,
-    most: int,
-    places: int | None = None,
-    *,
-    device: Device | None = None,
-) -> Means:
-    """Merge closest pairs of clusters and move those left to the front, without a question to the host.
+    means: Means, metric: Array | None, value_scale: Array, most: int, places: int
+) -> tuple[Means, Array]:
+    """Merge closest pairs of clusters; see `subgen.merging.merge_closest`.
 
-    `subgen.merging.merge_closest` and `compact` in one, in float32.
-
-    Parameters
-    ----------
-    means : subgen.merging.Means
-    metric : array, shape (streams, head_dim, head_dim) or (streams, head_dim), or None
-        The second is a diagonal; None is the identity.
-    value_scale : array, shape (streams,)
-    most : int
-        Clusters left in every stream, at most.
-    places : int, optional
-        Places of the result; ``most`` by default, or as many as there were if those are fewer.
-    device : Device, optional
-        Where the arrays live, for arrays other than CuPy's.
-
-    Returns
-    -------
-    subgen.merging.Means
-
-    Raises
-    ------
-    ValueError
-        If there are more clusters than the matching has room for.
+    In float32, and up to as many clusters as the matching has room for, without a question to the host.
     """
-    n = means.keys.shape[1]
-    where = device or device_of(means.keys)
-    merged = _merging.shrink(
-        where, means.arrays(), metric, value_scale, most, min(most, n) if places is None else places
-    )
-    return Means(*merged)
+    n = means.counts.shape[1]
+    if element(means.keys.dtype) != "float32" or n > _merging.MOST_CLUSTERS or not (means.keys.size and most > 0):
+        answer: tuple[Means, Array] = PORTABLE["merge_closest"](means, metric, value_scale, most, places)
+        return answer
+    return _merging.shrink(device_of(means.keys), means, metric, value_scale, most, places)
 
 
-def _fits(queries: Array, keys: Array, values: Array) -> bool:
+def write(x: Array, start: int, block: Array) -> Array:
+    """Put a block into an array along its second axis, in place; see `subgen.tail.write`."""
+    x[:, start : start + block.shape[1]] = block
+    return x
+
+
+def _few_rows(queries: Array, keys: Array, values: Array) -> bool:
+    """Whether the kernel takes it: float32 queries, so few that reading keys and values is what takes the time."""
     rows, dim = queries.shape[1], max(keys.shape[-1], values.shape[-1])
     return (
         element(queries.dtype) == "float32"

@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from subgen_cupy._launch import Launch, Module, element
+from subgen_cupy._launch import Launch, Module, element, stream_step
 
 __all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
 
@@ -111,8 +111,8 @@ class EmulatedDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Filled with NaN, or with all bits set: what is not written shows."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.full(size, 255, dtype=np.uint8).view(dtype).reshape(shape)
+        kind = np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
+        return np.full(int(np.prod(shape)) * kind.itemsize, 255, dtype=np.uint8).view(kind).reshape(shape)
 
     def packed(self, x: Any, dtype: str | None = None) -> Any:
         kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype or element(x.dtype), dtype or x.dtype)
@@ -124,6 +124,10 @@ class EmulatedDevice:
             aligned[...] = x
             x = aligned
         return x
+
+    def streams(self, x: Any) -> tuple[Any, int]:
+        step = stream_step(x, self.pointer(x))
+        return (self.packed(x), x.shape[1] * x.shape[2]) if step is None else (x, step)
 
     def pointer(self, x: Any) -> int:
         return int(x.ctypes.data)

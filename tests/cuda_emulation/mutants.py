@@ -16,6 +16,8 @@ import numpy as np
 from subgen_cupy import _attention, _leaders, _merging
 from subgen_cupy._launch import Module
 
+from subgen.merging import Means
+
 from . import EmulatedDevice, EmulationError, barriers
 
 __all__ = ["main"]
@@ -26,9 +28,9 @@ _SECONDS = 20
 
 def _attend(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, n, 64)).astype(np.float32) for n in (4, 40, 40))
-    counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.float32), rng.random((2, 40, 4)).astype(np.float32)
-    return list(_attention.attend(device, q, 0.1, (k, v, None), (k, v, counts, spread)))
+    q, k, v = (rng.normal(size=(2, n, 64)).astype(np.float32) for n in (4, 80, 80))
+    counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int32), rng.random((2, 40, 4)).astype(np.float32)
+    return list(_attention.attend(device, q * 0.1, k, v, (counts, spread)))
 
 
 def _lead(device: EmulatedDevice) -> list[Any]:
@@ -40,11 +42,13 @@ def _lead(device: EmulatedDevice) -> list[Any]:
 def _merge(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 3, 90, 40)).astype(np.float32)
-    counts, importance = (rng.integers(1, 5, size=(3, 90)).astype(np.float32) for _ in range(2))
+    counts, importance = rng.integers(1, 5, size=(3, 90)).astype(np.int32), rng.random((3, 90)).astype(np.float32)
     spread = rng.random((3, 90, 4)).astype(np.float32)
-    means = keys, values, counts, spread, importance
+    means = Means(keys, values, counts, spread, importance)
     scale = np.ones(3, np.float32)
-    return [*_merging.points_of(device, means, None, scale), *_merging.shrink(device, means, None, scale, 50, 50)]
+    merged, moved = _merging.shrink(device, means, None, scale, 50, 50)
+    costs = _merging.ward_costs(device, means, None, scale)
+    return [costs, merged.keys, merged.values, merged.counts, merged.spread, merged.importance, moved]
 
 
 def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from subgen_cupy import _attention, _leaders, _merging, _threefry
 
+from subgen.merging import Means
+
 from . import EmulatedDevice
 
 __all__ = ["main"]
@@ -20,15 +22,18 @@ def main() -> None:
 
     # Odd lengths, rows that do not fill a tile, and dimensions that do not fill the lanes.
     for n, c, rows in [(1, 1, 3), (37, 45, 7)]:
-        q, k, v, kc, vc = draw(2, rows, 24), draw(2, n, 24), draw(2, n, 40), draw(2, c, 24), draw(2, c, 40)
+        q, k, v = draw(2, rows, 24), draw(2, c + n, 24), draw(2, c + n, 40)
         weights, counts, spread = draw(2, rows, n), abs(draw(2, c)), abs(draw(2, c, 4))
-        _attention.attend(device, q, 0.1, (k, v, weights), (kc, vc, counts, spread))
+        _attention.attend(device, q, k, v, (counts.astype(np.int32), spread), weights)
     for n, capacity, head_dim in [(1, 1, 3), (45, 37, 40)]:
         clusters = np.array([0, capacity])
         _leaders.leaders(device, draw(2, n, head_dim), draw(2, capacity, head_dim), clusters, 9.0)
     for n, most, dims in [(1, 1, (8, 3)), (45, 20, (40, 3)), (33, 30, (5, 7))]:
-        means = draw(2, n, dims[0]), draw(2, n, dims[1]), abs(draw(2, n)), abs(draw(2, n, 1)), abs(draw(2, n))
-        _merging.shrink(device, means, abs(draw(2, dims[0])), np.ones(2, np.float32), most, most)
+        counts, spread, importance = abs(draw(2, n)).astype(np.int32), abs(draw(2, n, 1)), abs(draw(2, n))
+        leaders = draw(2, n, dims[0]).astype(np.float16)
+        means = Means(draw(2, n, dims[0]), draw(2, n, dims[1]), counts, spread, importance, leaders)
+        metric = np.tile(np.eye(dims[0], dtype=np.float32), (2, 1, 1))
+        _merging.shrink(device, means, metric, np.ones(2, np.float32), most, most)
     words = tuple(rng.integers(0, 1 << 32, size=(4, 300)))
     _threefry.threefry(device, words)
     print("done")

@@ -1,4 +1,4 @@
-// Weighted attention of a few query rows over exact pairs and merged clusters, split over the keys.
+// Weighted attention of a few query rows over merged clusters and the exact pairs behind them, split over the keys.
 //
 // `attend_split`: a block takes a piece of the keys of one stream and up to ROWS of its query rows, which share every
 // load. LANES neighbouring lanes hold one key, 16 bytes each, so a warp reads 32 / LANES keys at once and AHEAD of those
@@ -7,8 +7,8 @@
 //
 // Logits are in units of log 2: exp2 is what the hardware has.
 //
-// Set by the launcher: ELEMENT and QUERY (types), HEAD_DIM, VALUE_DIM, BANDS, ROWS, VECTOR (elements per load), LANES, AHEAD,
-// BLOCKS (that fit a multiprocessor: a bound on registers).
+// Set by the launcher: ELEMENT and SPREAD (types), HEAD_DIM, VALUE_DIM, BANDS, ROWS, VECTOR (elements per load), LANES,
+// AHEAD, BLOCKS (that fit a multiprocessor: a bound on registers).
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
@@ -50,13 +50,12 @@ __device__ __forceinline__ void load(const ELEMENT* __restrict__ row, int place,
 __device__ __forceinline__ float weight(float x, float peak) { return x == -infinity() ? 0.0f : exp2f(x - peak); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-attend_split(const QUERY* __restrict__ queries, float scale, int rows,
-             const ELEMENT* __restrict__ exact_keys, const ELEMENT* __restrict__ exact_values,
-             const float* __restrict__ exact_weights, long long weights_per_stream, long long weights_per_row,
+attend_split(const float* __restrict__ queries, int rows,
+             const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values,
+             long long keys_per_stream, long long values_per_stream,
+             const int* __restrict__ counts, const SPREAD* __restrict__ spread, int mean_count, int mean_pieces,
+             const float* __restrict__ weights, long long weights_per_stream, long long weights_per_row,
              int exact_count, int exact_pieces,
-             const ELEMENT* __restrict__ mean_keys, const ELEMENT* __restrict__ mean_values,
-             const float* __restrict__ counts, const float* __restrict__ spread,
-             int mean_count, int mean_pieces,
              float* __restrict__ partial, float2* __restrict__ totals) {
   __shared__ __align__(16) float half_energy[ROWS][BANDS];
   __shared__ float warp_sums[WARPS][ROWS][VALUE_DIM];
@@ -74,31 +73,32 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
   const int share = (count + (merged ? mean_pieces : exact_pieces) - 1) / (merged ? mean_pieces : exact_pieces);
   const int begin = share * (merged ? piece - exact_pieces : piece);
   const int end = min(count, begin + share);
-  const ELEMENT* keys = (merged ? mean_keys : exact_keys) + stream * count * HEAD_DIM;
-  const ELEMENT* values = (merged ? mean_values : exact_values) + stream * count * VALUE_DIM;
+  // A stream's part of a buffer with room at the end; the clusters come first.
+  keys += stream * keys_per_stream + (merged ? 0 : (long long)mean_count * HEAD_DIM);
+  values += stream * values_per_stream + (merged ? 0 : (long long)mean_count * VALUE_DIM);
 
   float query[ROWS][KEY_CHUNKS][VECTOR];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const int row = tile * ROWS + r;
-    const QUERY* source = queries + (stream * rows + row) * HEAD_DIM;
+    const float* source = queries + (stream * rows + row) * HEAD_DIM;
 #pragma unroll
     for (int c = 0; c < KEY_CHUNKS; c++)
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) {
         const int i = (c * LANES + place) * VECTOR + e;
-        query[r][c][e] = row < rows && i < HEAD_DIM ? widen(source[i]) * scale * LOG2E : 0.0f;
+        query[r][c][e] = row < rows && i < HEAD_DIM ? source[i] * LOG2E : 0.0f;
       }
   }
   if (merged) {
     // 0.5 |q_band|^2, in units of log 2: times the spread of a cluster, half the variance of its logits.
     for (int r = warp; r < ROWS; r += WARPS) {
       const int row = min(tile * ROWS + r, rows - 1);
-      const QUERY* source = queries + (stream * rows + row) * HEAD_DIM;
+      const float* source = queries + (stream * rows + row) * HEAD_DIM;
       for (int b = 0; b < BANDS; b++) {
         float energy = 0.0f;
         for (int i = lane; i < BAND; i += 32) {
-          const float q = widen(source[b * BAND + i]) * scale;
+          const float q = source[b * BAND + i];
           energy += q * q;
         }
         energy = warp_sum(energy);
@@ -137,9 +137,9 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
 #pragma unroll
       for (int a = 0; a < AHEAD; a++) {
         const long long near = stream * mean_count + min(first + a * KEYS + group, end - 1);
-        extra[a][0] = counts[near];
+        extra[a][0] = (float)counts[near];
 #pragma unroll
-        for (int b = 0; b < BANDS; b++) extra[a][1 + b] = spread[near * BANDS + b];
+        for (int b = 0; b < BANDS; b++) extra[a][1 + b] = widen(spread[near * BANDS + b]);
       }
     } else {
 #pragma unroll
@@ -147,7 +147,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
         const long long near = stream * weights_per_stream + min(first + a * KEYS + group, end - 1);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-          extra[a][r] = exact_weights ? exact_weights[near + min(tile * ROWS + r, rows - 1) * weights_per_row] : 0.0f;
+          extra[a][r] = weights ? weights[near + min(tile * ROWS + r, rows - 1) * weights_per_row] : 0.0f;
       }
     }
 

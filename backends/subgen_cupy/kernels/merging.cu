@@ -1,14 +1,15 @@
 // The closest pairs of clusters merge until a number is left: `subgen.merging`, without asking the host.
 //
 // `weighted_mean`, `features`: keys and values as points, so that the cost of a pair is a distance of points.
-// (A matrix product, by the array library, gives their Gram matrix.)
+// (Matrix products, by the array library, apply the metric and give the Gram matrix.)
 // `pair_costs`: Ward's cost of each pair, written over the Gram matrix.
 // `nearest_pairs`: the nearest other of each cluster.
 // `match_pairs`: rounds of mutual nearest neighbours, a block of threads per stream. Costs stay as they are, so a
 //     nearest other is looked for again only where it was taken.
+//     Says where each place of the result comes from, and where each cluster of before the first pass went.
 // `merge_pairs`: writes the merged clusters, those that live first, in their order.
 //
-// All in float32. Free places have count zero.
+// Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero.
 
 constexpr int TILE = 32;
 constexpr int WARPS = 8;
@@ -19,7 +20,7 @@ constexpr unsigned char OPEN = 0, KEEPS = 1, GOES = 2;
 
 // The mean of the keys, weighted by counts. A block per TILE coordinates of a stream.
 extern "C" __global__ void __launch_bounds__(THREADS)
-weighted_mean(const float* __restrict__ keys, const float* __restrict__ counts, int n, int head_dim,
+weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, int n, int head_dim,
               float* __restrict__ mean) {
   __shared__ float sums[WARPS][TILE];
   __shared__ float totals[WARPS];
@@ -28,7 +29,7 @@ weighted_mean(const float* __restrict__ keys, const float* __restrict__ counts, 
   const long long stream = blockIdx.x / tiles;
   float sum = 0.0f, total = 0.0f;
   for (int i = warp; i < n; i += WARPS) {
-    const float count = counts[stream * n + i];
+    const float count = (float)counts[stream * n + i];
     total += count;
     if (d < head_dim) sum += count * keys[(stream * n + i) * head_dim + d];
   }
@@ -45,36 +46,24 @@ weighted_mean(const float* __restrict__ keys, const float* __restrict__ counts, 
   }
 }
 
-// Points [sqrt(metric) (key - mean), value / value_scale] and their squared norms. A warp per cluster.
+// Points [key - mean, value / value_scale]. A warp per cluster.
 extern "C" __global__ void __launch_bounds__(THREADS)
 features(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ mean,
-         const float* __restrict__ metric, const float* __restrict__ value_scale, long long total, int n, int head_dim,
-         int value_dim, float* __restrict__ points, float* __restrict__ norms) {
+         const float* __restrict__ value_scale, long long total, int n, int head_dim, int value_dim,
+         float* __restrict__ points) {
   const int lane = threadIdx.x % 32;
   const long long cluster = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
   if (cluster >= total) return;
   const long long stream = cluster / n;
   float* point = points + cluster * (head_dim + value_dim);
-  float norm = 0.0f;
-  for (int d = lane; d < head_dim; d += 32) {
-    // Differences are all that matters: without the common offset, float32 keeps the digits.
-    const float root = metric ? sqrtf(metric[stream * head_dim + d]) : 1.0f;
-    const float x = (keys[cluster * head_dim + d] - mean[stream * head_dim + d]) * root;
-    point[d] = x;
-    norm += x * x;
-  }
-  for (int d = lane; d < value_dim; d += 32) {
-    const float x = values[cluster * value_dim + d] / value_scale[stream];
-    point[head_dim + d] = x;
-    norm += x * x;
-  }
-  norm = warp_sum(norm);
-  if (lane == 0) norms[cluster] = norm;
+  // Differences are all that matters: without the common offset, float32 keeps the digits.
+  for (int d = lane; d < head_dim; d += 32) point[d] = keys[cluster * head_dim + d] - mean[stream * head_dim + d];
+  for (int d = lane; d < value_dim; d += 32) point[head_dim + d] = values[cluster * value_dim + d] / value_scale[stream];
 }
 
 // A block takes a tile of pairs and its mirror image: it reads both before it writes over them.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pair_costs(float* __restrict__ gram, const float* __restrict__ norms, const float* __restrict__ counts,
+pair_costs(float* __restrict__ gram, const float* __restrict__ norms, const int* __restrict__ counts,
            const float* __restrict__ importance, int n) {
   __shared__ float upper[TILE][TILE + 1];
   __shared__ float lower[TILE][TILE + 1];
@@ -103,7 +92,7 @@ pair_costs(float* __restrict__ gram, const float* __restrict__ norms, const floa
       const float squared = norms[i] + norms[j] - cross;
       const float sum = importance[i] + importance[j];
       const float factor = importance[i] * importance[j] / (sum > 0.0f ? sum : 1.0f);
-      const bool possible = i != j && counts[i] > 0.0f && counts[j] > 0.0f;
+      const bool possible = i != j && counts[i] > 0 && counts[j] > 0;
       gram[(long long)i * n + j] = possible ? (squared > 0.0f ? squared : 0.0f) * factor : infinity();
     }
 }
@@ -139,11 +128,12 @@ nearest_pairs(const float* __restrict__ costs, long long total, int n, int* __re
 }
 
 // Chooses pairs until the surplus over `most` is used or none is left, and says where every cluster goes: place p of
-// the result comes from source[p], merged with other[p]; -1 is alone, -2 is a free place.
+// the result comes from source[p], merged with other[p]; -1 is alone, -2 is a free place. `moved` follows the `given`
+// places of before the first pass. Costs and nearest others are not read where there is no surplus.
 extern "C" __global__ void __launch_bounds__(MATCH_THREADS)
-match_pairs(const float* __restrict__ costs, const float* __restrict__ counts, const int* __restrict__ first_partner,
-            const float* __restrict__ first_cost, int n, int most, int places, int* __restrict__ source,
-            int* __restrict__ other) {
+match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, const int* __restrict__ first_partner,
+            const float* __restrict__ first_cost, int n, int most, int places, int given, int first_pass,
+            int* __restrict__ source, int* __restrict__ other, long long* __restrict__ moved) {
   extern __shared__ int dynamic[];
   int* partner = dynamic;                                                // n
   float* cost = reinterpret_cast<float*>(dynamic + n);                   // n
@@ -155,22 +145,25 @@ match_pairs(const float* __restrict__ costs, const float* __restrict__ counts, c
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   costs += stream * n * n;
   counts += stream * n;
+  moved += stream * given;
 
   if (thread == 0) found = 0;
-  for (int i = thread; i < n; i += MATCH_THREADS) {
-    partner[i] = first_partner[stream * n + i];
-    cost[i] = first_cost[stream * n + i];
-    state[i] = OPEN;
-  }
-  __syncthreads();  // partner, cost, state, found
+  __syncthreads();  // found
   int live = 0;
-  for (int i = thread; i < n; i += MATCH_THREADS) live += counts[i] > 0.0f;
+  for (int i = thread; i < n; i += MATCH_THREADS) live += counts[i] > 0;
   live = warp_sum(live);
   if (lane == 0) atomicAdd(&found, live);
   __syncthreads();  // found
   live = found;
-  __syncthreads();  // everyone has read found
   int surplus = live - most;
+  for (int i = thread; i < n; i += MATCH_THREADS) {
+    if (surplus > 0) {
+      partner[i] = first_partner[stream * n + i];
+      cost[i] = first_cost[stream * n + i];
+    }
+    state[i] = OPEN;
+  }
+  __syncthreads();  // partner, cost, state; everyone has read found
 
   while (surplus > 0) {
     for (int i = warp; i < n; i += MATCH_WARPS) {
@@ -210,10 +203,11 @@ match_pairs(const float* __restrict__ costs, const float* __restrict__ counts, c
   }
 
   // Places of the clusters: those that live to the front, in their order.
+  int* ahead = reinterpret_cast<int*>(cost);  // of each cluster, those that live before it; costs are done with
   const int share = (n + MATCH_THREADS - 1) / MATCH_THREADS;
   const int begin = min(n, thread * share), end = min(n, begin + share);
   int own = 0;
-  for (int i = begin; i < end; i++) own += counts[i] > 0.0f && state[i] != GOES;
+  for (int i = begin; i < end; i++) own += counts[i] > 0 && state[i] != GOES;
   int upto = own;
   for (int step = 1; step < 32; step *= 2) {
     const int left = __shfl_up_sync(EVERY_LANE, upto, step);
@@ -227,28 +221,43 @@ match_pairs(const float* __restrict__ costs, const float* __restrict__ counts, c
     all += before[w];
   }
   for (int i = begin; i < end; i++) {
-    const bool lives = counts[i] > 0.0f && state[i] != GOES;
+    const bool lives = counts[i] > 0 && state[i] != GOES;
     const int to = lives ? place : all + i - place;
+    ahead[i] = place;
     place += lives;
     if (to >= places) continue;
     source[stream * places + to] = i;
     other[stream * places + to] = !lives ? -2 : state[i] == KEEPS ? partner[i] : -1;
   }
+  __syncthreads();  // ahead
+  for (int i = thread; i < given; i += MATCH_THREADS) {
+    const long long at = first_pass ? i : moved[i];
+    if (first_pass ? counts[i] > 0 : at < live) {
+      moved[i] = ahead[state[at] == GOES ? partner[at] : at];
+    } else {
+      // A free place goes behind the clusters, as far as it was. After a pass it stood behind `live` and i - passed
+      // others, so `passed` clusters were before it.
+      const long long passed = first_pass ? i : live + i - at;
+      moved[i] = all + i - (passed < n ? ahead[passed] : all);
+    }
+  }
 }
 
 // A block per place of the result.
 extern "C" __global__ void __launch_bounds__(128)
-merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ counts,
-            const float* __restrict__ spread, const float* __restrict__ importance, const int* __restrict__ source,
-            const int* __restrict__ other, int n, int places, int head_dim, int value_dim, int bands,
-            float* __restrict__ new_keys, float* __restrict__ new_values, float* __restrict__ new_counts,
-            float* __restrict__ new_spread, float* __restrict__ new_importance) {
+merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, const int* __restrict__ counts,
+            const float* __restrict__ spread, const float* __restrict__ importance,
+            const unsigned short* __restrict__ leaders, const int* __restrict__ source, const int* __restrict__ other,
+            int n, int places, int head_dim, int value_dim, int bands, int leader_halves,
+            float* __restrict__ new_keys, float* __restrict__ new_values, int* __restrict__ new_counts,
+            float* __restrict__ new_spread, float* __restrict__ new_importance,
+            unsigned short* __restrict__ new_leaders) {
   const long long place = blockIdx.x;
   const long long base = place / places * n;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, mate = other[place];
   const long long a = base + source[place], b = mate < 0 ? a : base + mate;
-  const float added = mate < 0 ? 0.0f : counts[b], total = counts[a] + added;
-  const float share = added / (total > 0.0f ? total : 1.0f);
+  const int added = mate < 0 ? 0 : counts[b], total = counts[a] + added;
+  const float share = (float)added / (float)(total > 0 ? total : 1);
   const int band = head_dim / bands;
   for (int c = warp; c < bands; c += warps) {
     float apart = 0.0f;
@@ -266,8 +275,11 @@ merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, co
     const float value = values[a * value_dim + d];
     new_values[place * value_dim + d] = value + (values[b * value_dim + d] - value) * share;
   }
+  // The leader of the first stays, bit by bit, whatever its dtype.
+  for (int d = threadIdx.x; d < leader_halves; d += blockDim.x)
+    new_leaders[place * leader_halves + d] = leaders[a * leader_halves + d];
   if (threadIdx.x == 0) {
-    new_counts[place] = mate == -2 ? 0.0f : total;
+    new_counts[place] = mate == -2 ? 0 : total;
     new_importance[place] = importance[a] + (mate < 0 ? 0.0f : importance[b]);
   }
 }
