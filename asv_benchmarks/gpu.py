@@ -22,6 +22,7 @@ import numpy as np
 
 KV_HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
 CLUSTERS, EXACT = 1024, 256
+ROOM = 256
 BYTES = 2  # of a bfloat16
 CACHES_FILLED = 4  # how often the inputs of one timing fill the L2 cache
 
@@ -74,23 +75,24 @@ def copy_bandwidth(cp: Any) -> float:
 
 def decoding_step(cp: Any, batch: int) -> tuple[float, float, int]:
     """Seconds of a step in a graph, seconds of one launched from Python, bytes read."""
-    from subgen_cupy import attend_clusters, capture
+    from subgen_cupy import BACKEND, capture
 
+    attend = BACKEND.operations["sketch_attention"]
     streams, rows = batch * KV_HEADS, QUERY_HEADS // KV_HEADS
-    floats = CLUSTERS * 5 * 4
-    size = streams * ((CLUSTERS + EXACT) * 2 * HEAD_DIM * BYTES + floats)
+    of_clusters = CLUSTERS * (4 + 4 * BYTES)  # a count and the spread of four bands
+    size = streams * ((CLUSTERS + EXACT) * 2 * HEAD_DIM * BYTES + of_clusters)
     cache = int(cp.cuda.Device().attributes["L2CacheSize"])
     sketches = []
     for _ in range(max(1, math.ceil(CACHES_FILLED * cache / size))):
-        exact = (*(bfloat16(cp, draw(cp, streams, EXACT, HEAD_DIM)) for _ in range(2)), None)
-        means = [bfloat16(cp, draw(cp, streams, CLUSTERS, HEAD_DIM)) for _ in range(2)]
-        counts = cp.random.randint(1, 1000, size=(streams, CLUSTERS)).astype(cp.float32)
-        spread = cp.abs(draw(cp, streams, CLUSTERS, 4))
-        queries = bfloat16(cp, draw(cp, streams, rows, HEAD_DIM))
-        sketches.append((queries, HEAD_DIM**-0.5, exact, (*means, counts, spread)))
+        # As a sketch holds them: clusters, exact pairs, and room behind that is not read.
+        pairs = [bfloat16(cp, draw(cp, streams, CLUSTERS + EXACT + ROOM, HEAD_DIM)) for _ in range(2)]
+        counts = cp.random.randint(1, 1000, size=(streams, CLUSTERS)).astype(cp.int32)
+        spread = bfloat16(cp, cp.abs(draw(cp, streams, CLUSTERS, 4)))
+        queries = draw(cp, streams, rows, HEAD_DIM) * HEAD_DIM**-0.5
+        sketches.append((queries, *(x[:, : CLUSTERS + EXACT] for x in pairs), counts, spread, 1))
 
     def all_of_them() -> list[Any]:
-        return [attend_clusters(*sketch) for sketch in sketches]
+        return [attend(*sketch) for sketch in sketches]
 
     replay, _ = capture(all_of_them)
     graph = events(cp.cuda, replay, 50) / len(sketches)
@@ -136,26 +138,32 @@ def exact_step(torch: Any, batch: int, n: int) -> tuple[float, str] | None:
 
 def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
     """Seconds of merging tokens into the clusters, a block at a time: each step a graph, after a copy of the block."""
-    from subgen_cupy import capture, merge_closest
+    from subgen_cupy import BACKEND, capture
 
     from subgen.merging import Means
 
-    streams = batch * KV_HEADS
+    merge = BACKEND.operations["merge_closest"]
+    streams, places = batch * KV_HEADS, CLUSTERS + block
     new = [draw(cp, streams, 4 * block, HEAD_DIM) for _ in range(2)]
-    shapes = (HEAD_DIM,), (HEAD_DIM,), (), (4,), ()
-    held = Means(*(cp.zeros((streams, CLUSTERS + block, *shape), dtype=cp.float32) for shape in shapes))
-    held.keys[...], held.values[...] = draw(cp, *held.keys.shape), draw(cp, *held.values.shape)
-    held.counts[...] = held.importance[...] = 1
-    metric = cp.random.random((streams, HEAD_DIM), dtype=cp.float32)
+    held = Means(
+        keys=draw(cp, streams, places, HEAD_DIM),
+        values=draw(cp, streams, places, HEAD_DIM),
+        counts=cp.ones((streams, places), dtype=cp.int32),
+        spread=cp.zeros((streams, places, 4), dtype=cp.float32),
+        importance=cp.ones((streams, places), dtype=cp.float32),
+    )
+    queries = draw(cp, streams, 2 * HEAD_DIM, HEAD_DIM)
+    metric = cp.matmul(cp.swapaxes(queries, 1, 2), queries) / queries.shape[1]
     scale = cp.full(streams, HEAD_DIM**0.5, dtype=cp.float32)
 
-    def step() -> None:
-        merged = merge_closest(held, metric, scale, CLUSTERS)
-        for array, result in zip(held.arrays(), merged.arrays(), strict=True):
-            array[:, :CLUSTERS] = result
+    def step() -> Any:
+        merged, moved = merge(held, metric, scale, CLUSTERS, CLUSTERS)
+        for name in ("keys", "values", "counts", "spread", "importance"):
+            getattr(held, name)[:, :CLUSTERS] = getattr(merged, name)
         held.counts[:, CLUSTERS:] = 1
         held.importance[:, CLUSTERS:] = 1
         held.spread[:, CLUSTERS:] = 0
+        return moved
 
     replay, _ = capture(step)
 
@@ -168,16 +176,26 @@ def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
     return events(cp.cuda, all_tokens, 3)
 
 
-def sketch_update(cp: Any, batch: int, tokens: int, window: int) -> float:
-    """Seconds of `AttentionSketch.update`, the whole of it as the library does it today."""
+def whole_sketch(cp: Any, batch: int, tokens: int, window: int) -> tuple[float, float]:
+    """Seconds of `AttentionSketch.update` with the queries, and of a token in `AttentionSketch.step` after it."""
     import subgen
 
+    queries = draw(cp, batch, QUERY_HEADS, tokens, HEAD_DIM).astype(cp.float16)
     keys, values = (draw(cp, batch, KV_HEADS, tokens, HEAD_DIM).astype(cp.float16) for _ in range(2))
 
-    def update() -> None:
-        subgen.AttentionSketch(max_clusters=CLUSTERS, window=window).update(keys, values)
+    def update() -> Any:
+        sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
+        sketch.update(keys, values, queries)
+        return sketch
 
-    return events(cp.cuda, update, 3)
+    sketch, steps = update(), window  # so that merges are in it, as often as they are in a long answer
+
+    def decode() -> None:
+        for i in range(steps):
+            part = slice(i % tokens, i % tokens + 1)
+            sketch.step(queries[:, :, part], keys[:, :, part], values[:, :, part])
+
+    return events(cp.cuda, lambda: update() and None, 3), events(cp.cuda, decode, 3) / steps
 
 
 def exact_causal(torch: Any, batch: int, n: int) -> tuple[float, str]:
@@ -245,10 +263,13 @@ def measure(cp: Any, torch: Any | None, quick: bool) -> list[Row]:
                 "< 0.25 of exact" if causal is not None else "",
                 "" if causal is None else verdict(seconds < 0.25 * causal[0]),
             )
-    tidy()
     few, window = 8192, 512
-    seconds = sketch_update(cp, 1, few, window)
-    add(f"AttentionSketch.update, portable merging, {few} tokens, window {window}, batch 1", f"{seconds * 1e3:.1f} ms")
+    for batch in (1,) if quick else (1, 16):
+        tidy()
+        update, token = whole_sketch(cp, batch, few, window)
+        where = f"window {window}, batch {batch}, float16"
+        add(f"AttentionSketch.update, {few} tokens, {where}", f"{update * 1e3:.1f} ms")
+        add(f"AttentionSketch.step, a token, {where}", f"{token * 1e6:.1f} us")
     return rows
 
 

@@ -17,7 +17,7 @@ from subgen_cupy import _cupy
 from subgen_cupy._launch import Module
 
 from subgen.backends import PORTABLE
-from subgen.merging import Means, compact, merge_closest
+from subgen.merging import Means
 
 pytestmark = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="g++ is not installed")
 
@@ -128,6 +128,10 @@ def test_the_operations_of_the_backend_give_what_the_portable_ones_give(cupy: An
         got = operations["weighted_attention"](*map(put, (queries, keys, values, weights)))
         for mine, portable in zip(got, expected, strict=True):
             np.testing.assert_allclose(mine, portable, rtol=1e-5, atol=1e-5)
+
+    x = on_device(np.zeros((2, 6, 3)))
+    assert operations["write"](x, 2, on_device(np.ones((2, 3, 3)))) is x
+    np.testing.assert_array_equal(x, PORTABLE["write"](np.zeros((2, 6, 3)), 2, np.ones((2, 3, 3))))
     assert set(cupy.entered) == {1}
 
 
@@ -151,16 +155,60 @@ def test_views_are_packed(cupy: Any) -> None:
 
 
 @pytest.mark.usefixtures("cupy")
-def test_merging_without_the_host() -> None:
+@pytest.mark.parametrize(("causal", "rows", "dim", "clusters", "kernel"), [
+    (0, 4, 64, 5, True),
+    (1, 4, 64, 5, True),
+    (0, 4, 64, 0, True),
+    (2, 4, 64, 5, False),
+    (0, 40, 64, 5, False),
+    (1, 2, 600, 5, False),
+])  # fmt: skip
+def test_the_kernel_attends_where_every_row_sees_every_pair(
+    causal: int, rows: int, dim: int, clusters: int, kernel: bool
+) -> None:
+    rng = np.random.default_rng(2)
+    queries, keys, values = (
+        rng.normal(size=(2, n, dim)).astype(np.float32) for n in (rows, clusters + 9, clusters + 9)
+    )
+    counts = rng.integers(0, 4, size=(2, clusters)).astype(np.int32)
+    spread = rng.random((2, clusters, 4)).astype(np.float32)
+    arrays, calls = (queries, keys, values, counts, spread), []
+
+    def weighted(*args: Any) -> Any:
+        calls.append(1)
+        return PORTABLE["weighted_attention"](*args)
+
+    got = subgen_cupy.BACKEND.operations["sketch_attention"](
+        *map(on_device if kernel else np.array, arrays), causal, weighted
+    )
+    expected = PORTABLE["sketch_attention"](*arrays, causal)
+    assert bool(calls) != kernel
+    for mine, portable in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, portable, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cupy")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_merging_by_kernels_and_in_float64_by_the_portable_code(dtype: str) -> None:
     rng = np.random.default_rng(1)
-    keys = rng.integers(-3, 4, size=(1, 16, 8))
-    arrays = [np.concatenate([keys, -keys], axis=1), np.zeros((1, 32, 8)), np.ones((1, 32)), np.zeros((1, 32, 4))]
-    means = Means(*(x.astype(np.float32) for x in (*arrays, np.ones((1, 32)))))
-    scale = np.ones(1, dtype=np.float32)
-    got = subgen_cupy.merge_closest(Means(*map(on_device, means.arrays())), None, on_device(scale), 20)
-    expected = compact(merge_closest(means, None, scale, 20), 20)
-    np.testing.assert_array_equal(got.counts, expected.counts)
-    np.testing.assert_allclose(got.keys, expected.keys, rtol=1e-6)
+    half = rng.integers(-3, 4, size=(1, 16, 8))
+    keys = np.concatenate([half, -half], axis=1).astype(dtype)
+    zero, counts = np.zeros((1, 32, 4), dtype=dtype), np.ones((1, 32), dtype=np.int32)
+    means = Means(keys, np.zeros_like(keys), counts, zero, np.ones((1, 32), dtype=dtype), keys.astype(np.float16))
+    scale = np.ones(1, dtype=dtype)
+    before, operation = RawModule.made, subgen_cupy.BACKEND.operations["merge_closest"]
+    put = on_device if dtype == "float32" else np.array
+    got, moved = operation(means.each(put), None, put(scale), 20, 20)
+    assert RawModule.made == before + (dtype == "float32")
+    expected, expected_moved = PORTABLE["merge_closest"](means, None, scale, 20, 20)
+    for mine, portable in [
+        (moved, expected_moved),
+        (got.counts, expected.counts),
+        (got.leaders, expected.leaders),
+        (got.keys, expected.keys),
+    ]:
+        assert mine.dtype == portable.dtype
+        np.testing.assert_array_equal(mine, portable)
 
 
 @pytest.mark.usefixtures("cupy")

@@ -8,7 +8,7 @@ import cuda_labs
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import BACKEND, attend_clusters, capture, merge_closest
+from subgen_cupy import BACKEND, capture
 from subgen_cupy._cupy import _function
 from test_cuda_compile import VARIANTS
 
@@ -48,21 +48,6 @@ def test_the_paper_sketch_keeps_what_it_keeps_on_numpy(lab: Lab) -> None:
         np.testing.assert_array_equal(mine, numpys)
 
 
-def test_the_default_sketch_answers_as_on_numpy(lab: Lab) -> None:
-    rng = np.random.default_rng(1)
-    keys, values = rng.normal(size=(2, 4, 600, 64)).astype(np.float32)
-    queries = rng.normal(size=(8, 600, 64)).astype(np.float32)
-    exact = subgen.attention(queries[:, -4:], keys, values)
-    errors = []
-    for put, get in ((np.asarray, np.asarray), (lab.put, lab.get)):
-        sketch = subgen.AttentionSketch(max_clusters=64, window=32, sink=2)
-        sketch.update(*map(put, (keys, values, queries)))
-        outputs = get(sketch.attend(put(queries[:, -4:])))
-        errors.append(np.linalg.norm(outputs - exact) / np.linalg.norm(exact))
-    # Merges may differ where costs are equal but for rounding; what they are worth may not.
-    assert errors[1] < 1.1 * errors[0]
-
-
 def test_a_decoding_step_is_captured_in_a_graph_and_replayed_on_new_input(lab: Lab) -> None:
     import cupy
 
@@ -72,32 +57,57 @@ def test_a_decoding_step_is_captured_in_a_graph_and_replayed_on_new_input(lab: L
         return rng.normal(size=shape).astype(DTYPES[dtype])
 
     queries = lab.put(draw(4, 4, 128, dtype="float32"))
-    exact = lab.put(draw(4, 50, 128)), lab.put(draw(4, 50, 128)), None
-    counts, spread = np.ones((4, 90), np.float32) * 3, abs(draw(4, 90, 4, dtype="float32"))
-    clusters = lab.put(draw(4, 90, 128)), lab.put(draw(4, 90, 128)), lab.put(counts), lab.put(spread)
-    replay, result = capture(lambda: attend_clusters(queries, 0.1, exact, clusters))
+    keys, values = (lab.put(draw(4, 150, 128))[:, :140] for _ in range(2))
+    counts, spread = np.full((4, 90), 3, np.int32), abs(draw(4, 90, 4, dtype="float32")).astype(DTYPES["bfloat16"])
+    clusters = lab.put(counts), lab.put(spread)
+    attend = BACKEND.operations["sketch_attention"]
+    replay, result = capture(lambda: attend(queries, keys, values, *clusters))
     for _ in range(3):
         queries[...] = lab.put(draw(4, 4, 128, dtype="float32"))
         replay()
         cupy.cuda.Device().synchronize()
-        expected = attend_clusters(queries, 0.1, exact, clusters)
-        for mine, eager in zip(result, expected, strict=True):
+        for mine, eager in zip(result, attend(queries, keys, values, *clusters, 1), strict=True):
             np.testing.assert_array_equal(lab.get(mine), lab.get(eager))
 
 
-def test_merging_never_asks_the_host(lab: Lab) -> None:
+@pytest.mark.parametrize("most", [1024, 500])
+def test_merging_never_asks_the_host(lab: Lab, most: int) -> None:
     import cupy
 
     rng = np.random.default_rng(3)
-    arrays = [rng.random(size=(2, 1536, *rest)).astype(np.float32) for rest in ((128,), (128,), (), (4,), ())]
-    arrays[2] = np.ceil(arrays[2] * 9)
-    means, scale = Means(*map(lab.put, arrays)), lab.put(np.ones(2, np.float32))
+    keys, values = rng.normal(size=(2, 2, 1536, 128)).astype(np.float32)
+    counts, importance = rng.integers(1, 10, size=(2, 1536)).astype(np.int32), rng.random((2, 1536), dtype=np.float32)
+    spread, leaders = rng.random((2, 1536, 4), dtype=np.float32), keys.astype(np.float16)
+    means, scale = (
+        Means(keys, values, counts, spread, importance, leaders).each(lab.put),
+        lab.put(np.ones(2, np.float32)),
+    )
+    metric = lab.put(np.tile(np.eye(128, dtype=np.float32), (2, 1, 1)))
     # A question to the host while a graph is recorded is an error.
-    replay, result = capture(lambda: merge_closest(means, None, scale, 1024))
+    replay, result = capture(lambda: BACKEND.operations["merge_closest"](means, metric, scale, most, most))
     replay()
     cupy.cuda.Device().synchronize()
-    assert (lab.get(result.counts) > 0).sum(axis=1).tolist() == [1024, 1024]
-    np.testing.assert_allclose(lab.get(result.counts).sum(axis=1), arrays[2].sum(axis=1))
+    merged, moved = result[0].each(lab.get), lab.get(result[1])
+    assert (merged.counts > 0).sum(axis=1).tolist() == [most, most]
+    members = np.zeros((2, most), dtype=np.int32)
+    for s in range(2):
+        np.add.at(members[s], moved[s], counts[s])
+    np.testing.assert_array_equal(merged.counts, members)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_long_streams_are_answered_as_well_as_on_numpy(lab: Lab, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    keys, values = rng.normal(size=(2, 4, 600, 64)).astype(dtype)
+    queries = rng.normal(size=(8, 600, 64)).astype(dtype)
+    exact = subgen.attention(*(x.astype(np.float32) for x in (queries[:, -4:], keys, values)))
+    errors = []
+    for put, get in ((np.asarray, np.asarray), (lab.put, lab.get)):
+        sketch = subgen.AttentionSketch(max_clusters=64, window=32, sink=2)
+        sketch.update(*map(put, (keys, values, queries)))
+        outputs = get(sketch.attend(put(queries[:, -4:])))
+        errors.append(np.linalg.norm(outputs.astype(np.float32) - exact) / np.linalg.norm(exact))
+    assert errors[1] < 1.1 * errors[0]
 
 
 def test_rows_too_many_or_too_wide_go_to_matrix_products(lab: Lab) -> None:

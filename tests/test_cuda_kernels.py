@@ -16,9 +16,10 @@ import cuda_labs
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import _attention, _leaders, _merging, _threefry
+from subgen_cupy import BACKEND, _attention, _leaders, _merging, _operations, _threefry
 
-from subgen import merging
+import subgen
+from subgen import backends, merging
 from subgen.backends import PORTABLE
 from subgen.mass import log_weights
 from subgen.merging import Means
@@ -86,7 +87,7 @@ def test_a_decoding_step_over_exact_pairs_and_clusters(
     counts = rng.integers(0, 6, size=(streams, c)).astype(np.int32)
     counts[:, 0] = 1
     spread = rng.random((streams, c, merging.bands(head_dim))) * 0.2
-    spread = spread.astype(DTYPES[dtype] if seed % 2 else np.float32)
+    spread = spread.astype(DTYPES[dtype] if head_dim == value_dim else np.float32)
     # The front of a buffer with room behind it, which is not looked at.
     buffers = [lab.put(np.concatenate([x, np.full_like(x[:, : seed - 1], np.nan)], axis=1)) for x in (keys, values)]
     fronts = [x[:, : c + n] for x in buffers]
@@ -385,6 +386,83 @@ def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> N
 def test_there_is_room_for_many_clusters() -> None:
     assert _merging.MOST_CLUSTERS >= 1024 + 512
     assert math.isclose(_merging._match_shared(_merging.MOST_CLUSTERS), 48 << 10, rel_tol=0.02)
+
+
+# The sketch
+
+
+@pytest.fixture
+def library(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """Where the library uses the CuPy backend: for CuPy arrays, and for NumPy's in the emulation."""
+    if lab.name == "emulation":
+        monkeypatch.setattr(_operations, "device_of", lambda x: lab.device)
+        monkeypatch.setattr(backends, "_resolved", {"numpy": backends.Operations(**BACKEND.operations)})
+    return lab
+
+
+def run_sketch(lab: Lab, arrays: list[np.ndarray], asked: bool, **options: Any) -> tuple[np.ndarray, Any]:
+    """Absorb most tokens at once and the last ones one by one; the last answers, and the state."""
+    queries, keys, values = map(lab.put, arrays)
+    sketch = subgen.AttentionSketch(sink=2, window=16, residual_samples=8, **options)
+    n = keys.shape[-2] - 9
+    sketch.update(keys[:, :n], values[:, :n], queries[:, :n] if asked else None)
+    steps = [sketch.step(*(x[:, i : i + 1] for x in (queries, keys, values))) for i in range(n, n + 9)]
+    return lab.get(steps[-1]), sketch.state
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("float32", {"max_clusters": 24}),
+        ("float16", {"max_clusters": 5}),
+        ("float16", {"max_clusters": 24, "storage": "int8"}),
+        ("float32", {"max_clusters": 24, "delta": 3.0}),
+    ],
+)
+def test_the_sketch_answers_as_well_as_with_the_portable_code(library: Lab, dtype: str, options: Any) -> None:
+    rng = np.random.default_rng(11)
+    arrays = [rng.normal(size=(heads, 130, 8)).astype(dtype) for heads in (4, 2, 2)]
+    exact = subgen.attention(*(x.astype(np.float32) for x in (arrays[0][:, -1:], *arrays[1:])))
+    outputs, state = run_sketch(library, arrays, True, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_resolved", {"numpy": backends.Operations()})
+        portable, portable_state = run_sketch(Lab("portable"), arrays, True, **options)
+    # Merges may differ where costs are equal but for rounding; what they are worth may not.
+    mine, portables = (np.linalg.norm(x.astype(np.float32) - exact) for x in (outputs, portable))
+    assert mine < 1.1 * portables
+    counts = library.get(state.counts)
+    assert counts.dtype == np.int32
+    assert counts.sum(axis=1).tolist() == [130 - state.n_exact] * 2
+    assert (counts > 0).sum() == (portable_state.counts > 0).sum()
+
+
+def test_threshold_clusters_and_samples_are_those_of_the_portable_code(library: Lab) -> None:
+    rng = np.random.default_rng(12)
+    arrays = [rng.integers(-2, 3, size=(heads, 130, 4)).astype(np.float32) for heads in (2, 2, 2)]
+    outputs, state = run_sketch(library, arrays, False, delta=2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_resolved", {"numpy": backends.Operations()})
+        portable, expected = run_sketch(Lab("portable"), arrays, False, delta=2.0)
+    np.testing.assert_allclose(outputs, portable, **TOLERANCE)
+    for mine, portables in [
+        (state.counts, expected.counts),
+        (state.leaders, expected.leaders),
+        (state.residual.cluster, expected.residual.cluster),
+        (state.residual.keys, expected.residual.keys),
+    ]:
+        np.testing.assert_array_equal(library.get(mine), portables)
+
+
+def test_a_token_in_decoding_copies_no_window(library: Lab) -> None:
+    rng = np.random.default_rng(13)
+    sketch = subgen.AttentionSketch(max_clusters=8, window=16, sink=2)
+    x = library.put(rng.normal(size=(2, 60, 8)).astype(np.float32))
+    sketch.update(x[:, :48], x[:, :48])
+    before: Any = sketch.state
+    sketch.step(x[:, 48:49], x[:, 48:49], x[:, 48:49])
+    after: Any = sketch.state
+    assert after.n_seen == before.n_seen + 1
+    assert after.keys is before.keys
 
 
 # Barriers

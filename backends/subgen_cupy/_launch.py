@@ -128,7 +128,7 @@ class Device(Protocol):
         """Return the array, or a copy, so that it is C-contiguous, of a dtype and aligned to 16 bytes."""
 
     def streams(self, x: Array) -> tuple[Array, int]:
-        """Return a 3-d array, or a copy, that is packed but for its first axis, and the elements of a step along that."""
+        """Return a 3-d array, or a copy, packed but for its first axis, and the elements of a step along that."""
 
     def pointer(self, x: Array) -> int:
         """Return the address of the first element."""
@@ -138,12 +138,12 @@ class Device(Protocol):
 
 
 def stream_step(x: Array, pointer: int) -> int | None:
-    """Elements from one stream to the next in a NumPy-like array; None where it must be packed before a kernel reads it.
+    """Elements from one stream to the next in a NumPy-like array; None where a kernel cannot read it as it lies.
 
     The front of a buffer, ``buffer[:, :n]``, needs no copy: its streams are packed, and only lie apart.
     """
-    streams, n, width = x.shape
-    size = x.dtype.itemsize
+    streams, n, width = map(int, x.shape)
+    size = int(x.dtype.itemsize)
     row = width * size
     dense = (n == 1 or x.strides[1] == row) and (width == 1 or x.strides[2] == size) and pointer % ALIGNMENT == 0
     if not dense or x.size == 0:
@@ -151,7 +151,8 @@ def stream_step(x: Array, pointer: int) -> int | None:
     if streams == 1:
         return n * width
     # Whole rows, so that every load is as aligned as that of the first row.
-    return x.strides[0] // size if x.strides[0] >= n * row and x.strides[0] % row == 0 else None
+    step = int(x.strides[0])
+    return step // size if step >= n * row and step % row == 0 else None
 
 
 def address(device: Device, x: Array | None) -> Any:
