@@ -7,7 +7,7 @@ Data flow::
                   | full: the oldest half leaves
                   v
               clusters of one token  ->  closest pairs merge until the budget is met
-                                         (distance and importance from the queries in the window)
+                                         (distance from the queries in the window; unusual keys last)
               or, with delta, tokens  ->  join the cluster of a leader within delta, or open one
 
 A cluster enters attention as one pair, its mean key and mean value, with the log-weight of `subgen.mass.log_weights`.
@@ -30,7 +30,7 @@ from .clustering import room_for
 from .counter import stream_key
 from .leaders import join_leaders
 from .merging import Means, bands, join, n_live
-from .metric import attention_received, isotropic_moment, second_moment
+from .metric import isotropic_moment, second_moment, unusualness
 from .residual import Residual, correct, empty_residual, sample_tokens
 from .rounding import Codes, dequantize, dither, quantize, round_to
 from .tail import Tail
@@ -44,9 +44,10 @@ Storage = Literal["input", "int8"]
 _LOGITS_AT_ONCE = 1 << 22
 # Weight of a squared distance of values, in units of their typical norm, beside one of logits: keys that were merged
 # wrongly are mended by the spread, values are not.
-_VALUE_WEIGHT = 2.0
-# Attention a token is taken to have received at least, as a share of uniform attention.
-_LEAST_ATTENTION = 1e-3
+_VALUE_WEIGHT = 3.0
+# Importance falls with the root of the position, from 1 here: what came early was merged in a smaller crowd, and later
+# answers depend on it as much (docs/experiments.md).
+_EARLY = 1000.0
 # What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
 _KEYS, _VALUES, _SPREAD, _IMPORTANCE, _RESIDUAL = 3, 4, 5, 6, 7
 
@@ -309,26 +310,23 @@ class ClusterMeans:
         window_keys = xp.astype(state.keys[:, first:, :], wide, copy=False)
         window_values = xp.astype(state.values[:, first:, :], wide, copy=False)
         tokens = window_keys[:, : self.block, :]
-        received = None
+        held = self._means(state, wide)
         if any(state.asked):
             asked = xp.asarray(list(state.asked), dtype=xp.bool, device=tokens.device)
             rows = dequantize(state.queries, wide)
             rows = xp.where(asked[None, :, None], rows, xp.zeros_like(rows))
-            received = attention_received(rows, asked, _answer(state, rows, self.window, ops)[1], tokens)
             metric = second_moment(rows, asked)
         else:
             metric = isotropic_moment(window_keys, self.scale)
+        unusual = unusualness(window_keys, held.keys, xp.astype(held.counts, wide))
         leaving = Means(
             keys=tokens,
             values=window_values[:, : self.block, :],
             counts=xp.ones(tokens.shape[:2], dtype=xp.int32, device=tokens.device),
             spread=xp.zeros((*tokens.shape[:2], bands(tokens.shape[-1])), dtype=wide, device=tokens.device),
-            importance=xp.ones(tokens.shape[:2], dtype=wide, device=tokens.device)
-            if received is None
-            else xp.sqrt(received + _LEAST_ATTENTION / state.n_seen),
+            importance=unusual[:, : self.block] * math.sqrt(_EARLY / state.n_seen),
             leaders=None if self.delta is None else state.keys[:, leaves, :],
         )
-        held = self._means(state, wide)
         if self.delta is None:
             pool = join(held, leaving)
             joined = xp.broadcast_to(

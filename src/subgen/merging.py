@@ -115,7 +115,9 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
     w = means.importance
     total = w[:, :, None] + w[:, None, :]
     factor = w[:, :, None] * w[:, None, :] / xp.where(total > 0, total, xp.ones_like(total))
-    costs = xp.where(squared > 0, squared, xp.zeros_like(squared)) * factor
+    # No cost is infinite but where nothing may merge, whatever the keys.
+    largest = float(xp.finfo(squared.dtype).max) ** 0.5
+    costs = xp.where(squared > 0, xp.clip(squared, max=largest), xp.zeros_like(squared)) * factor
     index = positions(keys.shape[1], keys)
     possible = live[:, :, None] & live[:, None, :] & (index[:, None] != index[None, :])[None, :, :]
     return xp.where(possible, costs, xp.full_like(costs, math.inf))

@@ -1,46 +1,57 @@
-"""What the recent queries teach: which differences of keys matter, and how much attention a token received."""
+"""What decides which clusters merge: which differences of keys matter to recent queries, and which keys are unusual."""
 
 from __future__ import annotations
 
-import math
+from ._array import Array, array_namespace
 
-from ._array import Array, array_namespace, positions
-
-__all__ = ["attention_received", "isotropic_moment", "second_moment"]
+__all__ = ["isotropic_moment", "second_moment", "unusualness"]
 
 # Added to the second moment of the queries, in units of its mean eigenvalue: a few dozen queries tell little about most
 # directions, so the metric leans towards one that treats all alike (docs/experiments.md).
-_RIDGE = 0.3
+_RIDGE = 1.0
+# Mean of 1 - cos below which it is rounding.
+_LEAST_ANGLE = 1e-5
 
 
-def attention_received(rows: Array, asked: Array, logsumexp: Array, keys: Array) -> Array:
-    """Mean attention that the first tokens of a window received from the queries of its tokens.
+def unusualness(keys: Array, held: Array, counts: Array) -> Array:
+    """How far keys point away from the stream's mean direction, in units of its average; to a power, an importance.
+
+    Keys that point elsewhere than most are those that a later query may single out: KeyDiff (arXiv 2504.15364) keeps
+    them and drops the rest. Here they merge last. Attention received so far, which most methods go by, says little of
+    what is asked for later (docs/experiments.md).
 
     Parameters
     ----------
-    rows : array, shape (streams, window, head_dim)
-        Scaled queries, one a token.
-    asked : bool array, shape (window,)
-        Whether the token came with a query.
-    logsumexp : array, shape (streams, window)
-        Over all that each query sees.
-    keys : array, shape (streams, block, head_dim)
-        Of the first tokens of the window.
+    keys : array, shape (streams, window, head_dim)
+        The recent tokens.
+    held : array, shape (streams, clusters, head_dim)
+        Mean keys.
+    counts : array, shape (streams, clusters)
+        Their members; dtype of the keys.
 
     Returns
     -------
-    array, shape (streams, block)
-        In [0, 1]; averaged over the queries that see the token.
+    array, shape (streams, window)
+        The fourth power of ``1 - cos`` over its mean over all tokens, that ratio within [0.3, 5]; 1 where directions
+        differ by no more than the rounding of float32.
     """
-    xp = array_namespace(rows)
-    logits = xp.matmul(rows, xp.matrix_transpose(keys))
-    token = positions(rows.shape[1], rows)
-    asks = (token[:, None] >= token[None, : keys.shape[1]]) & asked[:, None]
-    # Masked before the exponential: what a query must not see may overflow it.
-    logits = xp.where(asks[None, :, :], logits - logsumexp[:, :, None], xp.full_like(logits, -math.inf))
-    received = xp.sum(xp.exp(logits), axis=1)
-    times = xp.sum(xp.astype(asks, rows.dtype), axis=0)
-    return received / xp.where(times > 0, times, xp.ones_like(times))[None, :]
+    xp = array_namespace(keys)
+    fresh, old = _directions(keys), _directions(held)
+    weight = counts[:, :, None]
+    anchor = _directions(xp.sum(fresh, axis=1, keepdims=True) + xp.sum(old * weight, axis=1, keepdims=True))
+    away = 1.0 - xp.sum(fresh * anchor, axis=-1)
+    old_away = (1.0 - xp.sum(old * anchor, axis=-1)) * counts
+    total = xp.sum(away, axis=1, keepdims=True) + xp.sum(old_away, axis=1, keepdims=True)
+    mean = total / (keys.shape[1] + xp.sum(counts, axis=1, keepdims=True))
+    told = mean > _LEAST_ANGLE
+    ratio = xp.where(told, away / xp.where(told, mean, xp.ones_like(mean)), xp.ones_like(away))
+    return xp.clip(ratio, min=0.3, max=5.0) ** 4
+
+
+def _directions(x: Array) -> Array:
+    xp = array_namespace(x)
+    norms = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
+    return x / xp.where(norms > 0, norms, xp.ones_like(norms))
 
 
 def second_moment(rows: Array, asked: Array) -> Array:
