@@ -293,3 +293,15 @@ def test_nan_passes_only_where_nobody_looks() -> None:
     with pytest.raises(ValueError, match="NaN"):
         AttentionSketch().update(k, v)
     AttentionSketch(check_finite=False).update(k, v)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 3e38])
+def test_merging_ends_whatever_the_numbers(number: float) -> None:
+    q, k, v = stream(0, (1,), 100)
+    k[0, 20:60:3] = number
+    v[0, 50] = number
+    sketch = AttentionSketch(10, window=8, check_finite=False)
+    with np.errstate(all="ignore"):
+        sketch.update(k, v, q)
+    assert sketch.n_clusters.tolist() == [10]
+    assert int(sketch.state.counts.sum()) == 100 - sketch.state.n_exact

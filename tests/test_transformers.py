@@ -357,6 +357,19 @@ def test_bfloat16(model: Any) -> None:
     torch.testing.assert_close(logits(narrow, cut(ids, 30), wide), plain(ids).logits, rtol=0.05, atol=0.1)
 
 
+def test_means_in_eight_bits_take_fewer_bytes(model: Any) -> None:
+    tokens = torch.randint(3, 60, (2, 150), generator=torch.Generator().manual_seed(3))
+    held = {}
+    # More clusters than tokens: nothing merges, and rounding is all the difference.
+    for storage in ("input", "int8"):
+        cache = SubGenCache(model.config, max_clusters=200, window=16, storage=storage)
+        with torch.inference_mode():
+            model(tokens, past_key_values=cache)
+            held[storage] = model(tokens[:, :5], past_key_values=cache).logits, cache.report().total.nbytes
+    assert held["int8"][1] < 0.75 * held["input"][1]
+    torch.testing.assert_close(held["int8"][0], held["input"][0], atol=0.1, rtol=0.1)
+
+
 def test_without_a_cache_and_with_the_default_one(model: Any, plain: Any) -> None:
     ids = tokens(2, 40)
     mask = torch.ones_like(ids)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from subgen import AttentionSketch
-from subgen._checks import check_integer, check_real, check_seed
+from subgen._checks import check_choice, check_integer, check_real, check_seed
+from subgen.means import Storage
 
 __all__ = ["Budget", "budgets"]
 
@@ -24,6 +25,7 @@ class Budget:
     window: int
     sink: int
     seed: int
+    storage: Storage = "input"
 
     def __call__(self, first: int, scale: float) -> AttentionSketch:
         """Return an empty sketch.
@@ -45,11 +47,20 @@ class Budget:
                     f"at least {self.sink + 4} are needed for sink={self.sink}, a window of 2 and 2 clusters. Use a "
                     f"smaller ratio, fewer sinks, or max_clusters"
                 )
-        return AttentionSketch(clusters, window=window, sink=self.sink, scale=scale, seed=self.seed)
+        # A model's NaN passes, as it does with every cache: looking for it would wait for the device at each token.
+        return AttentionSketch(
+            clusters,
+            window=window,
+            sink=self.sink,
+            scale=scale,
+            storage=self.storage,
+            check_finite=False,
+            seed=self.seed,
+        )
 
 
 def budgets(
-    layers: int, max_clusters: Any, compression_ratio: Any, *, window: int, sink: int, seed: int
+    layers: int, max_clusters: Any, compression_ratio: Any, *, window: int, sink: int, seed: int, storage: Storage
 ) -> list[Budget]:
     """Return the budget of each layer.
 
@@ -67,11 +78,12 @@ def budgets(
     window = check_integer("window", window, minimum=2)
     sink = check_integer("sink", sink, minimum=0)
     seed = check_seed(seed)
+    check_choice("storage", storage, ("input", "int8"))
     if compression_ratio is None:
         clusters = [check_integer("max_clusters", x) for x in _each("max_clusters", max_clusters, layers)]
-        return [Budget(x, None, window, sink, seed) for x in clusters]
+        return [Budget(x, None, window, sink, seed, storage) for x in clusters]
     ratios = [_check_ratio(x) for x in _each("compression_ratio", compression_ratio, layers)]
-    return [Budget(None, x, window, sink, seed) for x in ratios]
+    return [Budget(None, x, window, sink, seed, storage) for x in ratios]
 
 
 def _check_ratio(value: Any) -> float:

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from subgen._checks import check_integer
+from subgen.means import Storage
 
 from ._budget import budgets
 from ._families import layer_kinds, refuse_model
@@ -91,6 +92,9 @@ class SubGenCache(Cache):
         Last tokens kept exactly.
     sink : int
         First tokens kept exactly.
+    storage : {"input", "int8"}
+        What clusters are held in: the dtype of the model, or 8 bits, which makes a cluster about half as large for
+        models in 16 bits.
     seed : int
         In ``[0, 2**64)``.
     prefill : {"exact", "streaming"}
@@ -132,6 +136,7 @@ class SubGenCache(Cache):
         compression_ratio: float | Sequence[float] | None = None,
         window: int = 128,
         sink: int = 4,
+        storage: Storage = "input",
         seed: int = 0,
         prefill: str = "exact",
         rollback: int = 64,
@@ -140,7 +145,9 @@ class SubGenCache(Cache):
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', got {prefill!r}")
         rollback = check_integer("rollback", rollback, minimum=0)
-        each = budgets(len(kinds), max_clusters, compression_ratio, window=window, sink=sink, seed=seed)
+        each = budgets(
+            len(kinds), max_clusters, compression_ratio, window=window, sink=sink, seed=seed, storage=storage
+        )
         super().__init__(
             layers=[
                 SubGenLayer(budget, prefill, rollback) if slide is None else DynamicSlidingWindowLayer(slide)
