@@ -29,12 +29,13 @@ from .weighted import fold_groups, unfold_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-__all__ = ["AttentionSketch"]
+__all__ = ["AttentionSketch", "Layout"]
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """What the first update fixed: shapes, library, dtype and device of the stream."""
 
     leading: tuple[int, ...]
@@ -44,10 +45,12 @@ class _Layout:
 
     @property
     def kv_heads(self) -> int:
+        """Streams along the axis before the tokens."""
         return self.leading[-1] if self.leading else 1
 
     @property
     def streams(self) -> int:
+        """Streams along all leading axes."""
         return math.prod(self.leading)
 
     def flat(self, x: Array) -> Array:
@@ -158,7 +161,7 @@ class AttentionSketch:
     def _start(self, method: Method, check_finite: bool) -> None:
         self._method = method
         self._finite = check_finite
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._state: MeansState | PaperState | None = None
 
     @classmethod
@@ -258,6 +261,52 @@ class AttentionSketch:
     def state(self) -> MeansState | PaperState | None:
         """The current state, read-only; ``None`` before the first update."""
         return self._state
+
+    @property
+    def method(self) -> Method:
+        """The parameters, and the functions that go with them."""
+        return self._method
+
+    @property
+    def check_finite(self) -> bool:
+        """Whether NaN and infinity are looked for."""
+        return self._finite
+
+    @property
+    def layout(self) -> Layout | None:
+        """Shapes, library, dtype and device of the stream; ``None`` before the first update."""
+        return self._layout
+
+    def resume(self, layout: Layout, state: Any) -> None:
+        """Go on from a state of the same method, as `subgen.load` does.
+
+        Raises
+        ------
+        RuntimeError
+            If tokens were seen already.
+        """
+        if self._state is not None:
+            raise RuntimeError("this sketch has seen tokens already; resume with a new one")
+        self._layout, self._state = layout, state
+
+    def save(self, path: str | Path) -> None:
+        """Write the sketch to a file, to go on later with `subgen.load`: exactly, on any library.
+
+        The file appears whole or not at all: after a crash it is the old one, or the new.
+
+        Parameters
+        ----------
+        path : str or Path
+            Ending in ``.safetensors``.
+
+        Raises
+        ------
+        subgen.files.FileError
+            If the ending is another, the file cannot be written, or safetensors is not installed.
+        """
+        from .persist import save
+
+        save(self, path)
 
     def update(self, keys: Array, values: Array, queries: Array | None = None) -> None:
         """Absorb a block of tokens.
@@ -437,19 +486,19 @@ class AttentionSketch:
         scale = check_scale(self._method.scale, queries.shape[-1])
         return xp.astype(queries, compute_dtype(queries), copy=False) * scale
 
-    def _rows(self, queries: Array, layout: _Layout) -> Array:
+    def _rows(self, queries: Array, layout: Layout) -> Array:
         """Scaled queries by stream and head of the group: ``(streams, group, n, head_dim)``."""
         xp = array_namespace(queries)
         return xp.reshape(self._scaled(queries), (layout.streams, -1, *queries.shape[-2:]))
 
-    def _check(self, keys: Any, values: Any, queries: Any) -> _Layout:
+    def _check(self, keys: Any, values: Any, queries: Any) -> Layout:
         """Check a block against itself and against the stream, and return the layout; changes nothing."""
         check_block(keys, values, finite=self._finite)
         layout = self._layout
         if layout is None:
             # Made anew: a slice would keep the whole first block alive.
             example = array_namespace(keys).zeros((0, keys.shape[-1]), dtype=keys.dtype, device=keys.device)
-            layout = _Layout(tuple(keys.shape[:-2]), keys.shape[-1], values.shape[-1], example)
+            layout = Layout(tuple(keys.shape[:-2]), keys.shape[-1], values.shape[-1], example)
         else:
             expected = (*layout.leading, keys.shape[-2], layout.head_dim)
             expected_values = (*expected[:-1], layout.value_dim)
@@ -469,12 +518,12 @@ class AttentionSketch:
                 )
         return layout
 
-    def _check_queries(self, queries: Any, layout: _Layout) -> None:
+    def _check_queries(self, queries: Any, layout: Layout) -> None:
         shape = (*layout.leading, self.n_seen, layout.head_dim)
         check_groups(queries, layout.example, "the stream's keys", shape, finite=self._finite)
 
 
-def _indices(indices: Any, layout: _Layout) -> Array:
+def _indices(indices: Any, layout: Layout) -> Array:
     """Indices into the first leading axis as an int64 array, shape (entries,)."""
     xp, rows = array_namespace(layout.example), layout.leading[0]
     if not hasattr(indices, "shape"):

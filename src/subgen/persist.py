@@ -1,0 +1,355 @@
+"""Saving a sketch and going on from it: one safetensors file, written whole or not at all, read without running it.
+
+The arrays of the state are tensors; parameters, shapes and the few numbers beside the arrays are JSON in the metadata,
+with a version of the format and a checksum over everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._array import Array, array_namespace, library_name
+from .budget import Bytes, Fixed, Power, Share
+from .files import FileError
+from .means import ClusterMeans, MeansState
+from .paper import Paper
+from .sketch import AttentionSketch, Layout
+from .state import PaperState
+from .tail import Tail
+
+__all__ = ["FORMAT", "VERSION", "load", "save"]
+
+FORMAT = "subgen sketch"
+VERSION = 1
+_HELP = "expected a file written by AttentionSketch.save"
+
+
+def save(sketch: AttentionSketch, path: str | Path) -> None:
+    """Write a sketch; see `AttentionSketch.save`."""
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise FileError(f"{path}: a sketch is saved as .safetensors; give the file that ending")
+    try:
+        from safetensors.numpy import save as to_bytes
+    except ImportError as error:  # pragma: no cover
+        raise FileError("saving needs safetensors: pip install safetensors") from error
+    tensors: dict[str, NDArray[Any]] = {}
+    plain: dict[str, Any] = {}
+    config: dict[str, Any] = {"method": _describe(sketch), "check_finite": sketch.check_finite, "layout": None}
+    state, layout = sketch.state, sketch.layout
+    if state is not None and layout is not None:
+        config["layout"] = {
+            "leading": list(layout.leading),
+            "head_dim": layout.head_dim,
+            "value_dim": layout.value_dim,
+            "dtype": _dtype_name(layout.example.dtype),
+        }
+        _flatten(state, "", tensors, plain)
+    config["plain"] = plain
+    text = json.dumps(config, sort_keys=True)
+    metadata = {"format": FORMAT, "version": str(VERSION), "config": text, "sha256": _checksum(text, tensors)}
+    # Contiguous and native: safetensors writes the bytes as they lie.
+    _replace_file(path, to_bytes(tensors, metadata))
+
+
+def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
+    """Read a sketch written by `AttentionSketch.save`, to go on from where it was.
+
+    Nothing in the file is executed. A sketch goes on bit for bit as the one that was saved would have, on the same
+    library; on another the discrete decisions are those of that library's arithmetic from here on.
+
+    Parameters
+    ----------
+    path : str or Path
+    like : array, optional
+        An array of the library, device and dtype to go on with; ``None`` means NumPy and the dtype that was saved.
+
+    Returns
+    -------
+    AttentionSketch
+
+    Raises
+    ------
+    FileError
+        If the file is missing, cut short, altered, foreign or of a newer version, or holds bfloat16, which NumPy has
+        no dtype for, and no ``like`` was given.
+
+    Examples
+    --------
+    >>> import numpy as np, subgen, tempfile, pathlib
+    >>> keys = np.random.default_rng(0).normal(size=(2, 500, 8))
+    >>> sketch = subgen.AttentionSketch(32, window=16)
+    >>> sketch.update(keys[:, :300], keys[:, :300])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sketch.save(pathlib.Path(folder) / "sketch.safetensors")
+    ...     resumed = subgen.load(pathlib.Path(folder) / "sketch.safetensors")
+    >>> for each in (sketch, resumed):
+    ...     each.update(keys[:, 300:], keys[:, 300:])
+    >>> bool(np.all(sketch.attend(keys) == resumed.attend(keys)))
+    True
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"{path}: no such file; {_HELP}")
+    try:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as archive:
+            metadata = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
+    except Exception as error:  # whatever a broken file makes the reader raise
+        raise FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}") from error
+    config = _verify(path, metadata, tensors)
+    try:
+        return _restore(config, tensors, like)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
+    except Exception as error:  # a file that is well signed, but says what no sketch is
+        raise FileError(f"{path}: holds no sketch ({type(error).__name__}: {error}); {_HELP}") from error
+
+
+def _verify(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """Check format, version and checksum, and return the configuration."""
+    if metadata.get("format") != FORMAT:
+        raise FileError(f"{path}: a safetensors file, but no sketch; {_HELP}")
+    version = metadata.get("version", "")
+    if not version.isdecimal() or int(version) < 1:
+        raise FileError(f"{path}: version {version!r} is none; {_HELP}")
+    if int(version) > VERSION:
+        raise FileError(f"{path}: version {version} of the format; this release reads up to {VERSION}: upgrade subgen")
+    text = metadata.get("config", "")
+    if metadata.get("sha256") != _checksum(text, tensors):
+        raise FileError(f"{path}: altered since it was written (the checksum does not fit); use another copy")
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        raise FileError(f"{path}: holds no configuration; {_HELP}")
+    return config
+
+
+def _checksum(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype.str} {x.shape}".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    """Put a file in place in one step: a crash leaves the old one, or the new."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+    # The new name is on the disk once the folder is; not every system can.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _describe(sketch: AttentionSketch) -> dict[str, Any]:
+    """Return the arguments that make such a sketch."""
+    method = sketch.method
+    if isinstance(method, Paper):
+        return {
+            "kind": "paper",
+            "delta": method.delta,
+            "samples_per_cluster": method.t,
+            "value_samples": method.s,
+            "scale": method.scale,
+            "seed": method.seed,
+        }
+    if not isinstance(method, ClusterMeans):
+        raise TypeError(f"cannot save a sketch by {type(method).__name__}")
+    described = {
+        name: getattr(method, name)
+        for name in ("delta", "window", "sink", "scale", "storage", "residual_samples", "seed")
+    }
+    budget = method.budget
+    if isinstance(budget, Fixed):
+        described["max_clusters"] = budget.max_clusters
+    elif isinstance(budget, Power):
+        described["max_clusters"] = {"coefficient": budget.coefficient, "exponent": budget.exponent}
+    elif isinstance(budget, Bytes):
+        described["max_bytes"] = budget.max_bytes
+    elif isinstance(budget, Share):
+        described["compression_ratio"] = budget.compression_ratio
+    elif budget is not None:
+        raise TypeError(f"cannot save a budget of {type(budget).__name__}")
+    return {"kind": "means", **described}
+
+
+def _restore(config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Array | None) -> AttentionSketch:
+    arguments = dict(config["method"], check_finite=config["check_finite"])
+    kind = arguments.pop("kind")
+    if kind == "paper":
+        sketch = AttentionSketch.paper(**arguments)
+    elif kind == "means":
+        if isinstance(arguments.get("max_clusters"), dict):
+            arguments["max_clusters"] = Power(**arguments["max_clusters"])
+        sketch = AttentionSketch(**arguments)
+    else:
+        raise FileError(f"a sketch of kind {kind!r}, which this release does not know: upgrade subgen")
+    described = config["layout"]
+    if described is None:
+        return sketch
+    saved = described["dtype"]
+    if like is None:
+        if saved == "bfloat16":
+            raise FileError("holds bfloat16, which NumPy has no dtype for: pass like=, for example a torch tensor")
+        like = np.zeros((), dtype=saved)
+    xp = array_namespace(like)
+    same = _dtype_name(like.dtype) == saved
+    leading = tuple(int(x) for x in described["leading"])
+    head_dim, value_dim = int(described["head_dim"]), int(described["value_dim"])
+    empty = xp.zeros((*leading, 0, head_dim), dtype=like.dtype, device=like.device)
+    layout = Layout(leading, head_dim, value_dim, empty)
+    flat = layout.flat(empty)
+    template = sketch.method.init(flat, xp.zeros((flat.shape[0], 0, value_dim), dtype=like.dtype, device=like.device))
+    plain = dict(config["plain"])
+    state = _unflatten(template, "", dict(tensors), plain, same)
+    _check_state(state, sketch)
+    sketch.resume(layout, state)
+    return sketch
+
+
+def _flatten(value: Any, prefix: str, tensors: dict[str, NDArray[Any]], plain: dict[str, Any]) -> None:
+    for field in fields(value):
+        name, x = prefix + field.name, getattr(value, field.name)
+        if x is None or isinstance(x, Tail):
+            continue
+        if is_dataclass(x):
+            _flatten(x, name + ".", tensors, plain)
+        elif hasattr(x, "shape"):
+            tensors[name] = _to_numpy(x)
+        else:
+            plain[name] = x
+
+
+def _unflatten(template: Any, prefix: str, tensors: dict[str, NDArray[Any]], plain: dict[str, Any], same: bool) -> Any:
+    """Fill the structure of an empty state; what is missing, left over or of another shape or dtype is an error."""
+    changes: dict[str, Any] = {}
+    for field in fields(template):
+        name, x = prefix + field.name, getattr(template, field.name)
+        if x is None or isinstance(x, Tail):
+            continue
+        if is_dataclass(x):
+            changes[field.name] = _unflatten(x, name + ".", tensors, plain, same)
+        elif hasattr(x, "shape"):
+            changes[field.name] = _from_numpy(name, tensors.pop(name), x, same)
+        elif isinstance(x, tuple):
+            changes[field.name] = tuple(bool(one) for one in plain.pop(name))
+        else:
+            changes[field.name] = int(plain.pop(name))
+    if not prefix and (tensors or plain):
+        raise FileError(f"holds {sorted([*tensors, *plain])}, which no such sketch has")
+    return replace(template, **changes)
+
+
+def _to_numpy(x: Array) -> NDArray[Any]:
+    """Bring an array home; bfloat16 as its bits."""
+    xp = array_namespace(x)
+    bits = _dtype_name(x.dtype) == "bfloat16"
+    if bits:
+        x = xp.astype(x, xp.float32)
+    name = library_name(xp)
+    if name == "torch":
+        x = x.detach().cpu().numpy()
+    elif name == "cupy":
+        x = x.get()
+    else:
+        x = np.from_dlpack(x) if not isinstance(x, np.ndarray) else x
+    home: NDArray[Any] = np.ascontiguousarray(x)
+    return (home.view(np.uint32) >> 16).astype(np.uint16) if bits else home
+
+
+def _from_numpy(name: str, x: NDArray[Any], template: Array, same: bool) -> Array:
+    """Give an array the library, device and dtype of the empty one that stands in its place."""
+    xp = array_namespace(template)
+    if x.dtype == np.uint16:
+        x = (x.astype(np.uint32) << 16).view(np.float32)
+        floating, fits = True, not same or _dtype_name(template.dtype) == "bfloat16"
+    else:
+        floating = x.dtype.kind == "f"
+        fits = x.dtype.name == _dtype_name(template.dtype) or (not same and floating)
+    if floating != bool(xp.isdtype(template.dtype, "real floating")) or not fits:
+        raise FileError(f"{name} is {x.dtype}, expected {template.dtype}")
+    if x.ndim != template.ndim or x.shape[:1] != template.shape[:1] or x.shape[2:] != tuple(template.shape[2:]):
+        raise FileError(f"{name} has shape {x.shape}, expected that of {tuple(template.shape)} but for the second axis")
+    if floating and not same and x.size and float(np.abs(x).max()) > float(xp.finfo(template.dtype).max):
+        raise FileError(f"{name} has numbers that {template.dtype} does not hold: pass like= in a wider dtype")
+    array = xp.asarray(np.array(x), device=template.device)
+    return xp.astype(array, template.dtype) if floating else array
+
+
+def _check_state(state: Any, sketch: AttentionSketch) -> None:
+    """Check that the parts of a state fit each other."""
+
+    def need(condition: bool, words: str) -> None:
+        if not condition:
+            raise FileError(f"holds a state that contradicts itself: {words}")
+
+    need(state.n_seen >= 1, "no token seen")
+    if isinstance(state, PaperState):
+        clusters, reservoir = state.clusters, state.reservoir
+        counts = _to_numpy(clusters.counts)
+        need(bool((counts >= 0).all() and (counts.sum(axis=-1) == state.n_seen).all()), "counts")
+        need(bool((np.diff((counts > 0).astype(int), axis=-1) <= 0).all()), "clusters with gaps")
+        places = {x.shape[1] for x in (clusters.centres, clusters.counts, clusters.samples, clusters.due)}
+        method = sketch.method
+        need(len(places) == 1 and clusters.samples.shape[2] == method.t, "places")  # type: ignore[attr-defined]
+        slots = {x.shape[1] for x in (reservoir.keys, reservoir.values, reservoir.due)}
+        need(slots == {method.s}, "slots")  # type: ignore[attr-defined]
+        return
+    if not isinstance(state, MeansState) or not isinstance(sketch.method, ClusterMeans):
+        raise FileError("holds a state of another kind")
+    method = sketch.method
+    counts = _to_numpy(state.counts)
+    places = {counts.shape[1], state.spread.shape[1], state.importance.shape[1]}
+    for part in (state.leaders, *(() if state.key_codes is None else (state.key_codes.codes, state.key_codes.scales))):
+        places |= set() if part is None else {part.shape[1]}
+    if state.value_codes is not None:
+        places |= {state.value_codes.codes.shape[1], state.value_codes.scales.shape[1]}
+    need(len(places) == 1, "places of clusters")
+    room = state.n_means + method.sink + method.window
+    need(state.keys.shape[1] == room and state.values.shape[1] == room, "places of pairs")
+    need(0 < state.n_exact <= method.sink + method.window, "exact tokens")
+    need(len(state.asked) == max(0, state.n_exact - method.sink), "queries of the window")
+    need(state.queries.codes.shape[1] == state.queries.scales.shape[1] == method.window, "queries of the window")
+    need(bool((counts >= 0).all()), "counts")
+    need(bool((counts.sum(axis=-1, dtype=np.int64) == state.n_seen - state.n_exact).all()), "counts")
+    if state.residual is not None:
+        place = _to_numpy(state.residual.cluster)
+        slots = {x.shape[1] for x in (state.residual.keys, state.residual.values, state.residual.due, place)}
+        need(slots == {method.residual_samples}, "slots of the sample")
+        need(bool((place >= 0).all() and (place < max(1, counts.shape[1])).all()), "clusters of the sample")
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Name of a dtype, whatever the library: ``"float16"``."""
+    return str(np.dtype(dtype)) if isinstance(dtype, (type, np.dtype)) else str(dtype).split(".")[-1]
