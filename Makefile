@@ -1,5 +1,5 @@
-# One command each: demo, test, lint, bench, long-stream, drift, examples, and test-gpu and bench-gpu where there is a
-# GPU. Every target makes its environment first, but those two: they run in one that has CuPy, see docs/gpu.md.
+# One command each: demo, test, lint, docs, docs-serve, bench, long-stream, drift, examples, and test-gpu and bench-gpu
+# where there is a GPU. Every target makes its environment first, but those two: they run in one that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,8 +11,12 @@ export OPENBLAS_NUM_THREADS ?= 1
 TRANSFORMERS ?= 4.57.6 5.0.0 5.5.0 5.23.0
 # kvpress needs transformers below 5.3, and has its own environment.
 RIVALS := .venv-rivals
+# The site's environment and where it is built.
+DOCS := .venv-docs
+SITE := build/docs
+PORT ?= 8000
 
-.PHONY: demo test test-transformers lint bench long-stream drift examples examples-rivals test-gpu bench-gpu clean
+.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench long-stream drift examples examples-rivals test-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
@@ -30,6 +34,18 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs the examples, and fails on any warning, any link within the site that leads nowhere and any picture without words.
+docs: $(DOCS)/.done
+	$(DOCS)/bin/python -m sphinx -W --keep-going -q -b html docs $(SITE)
+	$(DOCS)/bin/python docs/check_site.py $(SITE)
+
+docs-serve: docs
+	$(DOCS)/bin/python -m http.server --bind 127.0.0.1 --directory $(SITE) $(PORT)
+
+# The picture in the README.
+readme-plot: $(VENV)/.demo
+	$(BIN)/subgen compare --plot docs/_static/compare.png
 
 bench: $(VENV)/.test
 	cd asv_benchmarks && $(abspath $(BIN))/asv run --environment existing:$(abspath $(BIN))/python --quick --show-stderr --dry-run
@@ -80,5 +96,13 @@ $(RIVALS)/.done: $(VENV)/.test
 	$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check kvpress==0.5.5 "transformers<5.3"
 	@touch $@
 
+# The examples on the site read a model, so they need PyTorch and transformers: borrowed, as above.
+$(DOCS)/.done: $(VENV)/.test
+	$(PYTHON) -m venv $(DOCS)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	  > $$($(DOCS)/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-transformers-* $(RIVALS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-transformers-* $(RIVALS) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """The CuPy backend: CUDA kernels, compiled when they are first needed.
 
 Its operations never ask the host, so steps made of them can be recorded as a CUDA graph: `capture`. How the kernels are
-laid out and tested: docs/gpu.md.
+laid out and tested: docs/howto/gpu.md.
 """
 
 from __future__ import annotations

@@ -109,6 +109,10 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 def names() -> list[str]:
     """List the backends that are installed or registered, without importing any.
 
+    Returns
+    -------
+    list of str
+
     Examples
     --------
     >>> import subgen
@@ -120,6 +124,15 @@ def names() -> list[str]:
 
 def get(name: str) -> Backend:
     """Look a backend up by name, importing it if need be.
+
+    Parameters
+    ----------
+    name : str
+        Root module of the arrays' namespace.
+
+    Returns
+    -------
+    Backend
 
     Raises
     ------
@@ -180,7 +193,21 @@ def register(backend: Backend, *, replace: bool = False) -> None:
 
 
 def operations_for(x: Array) -> Operations:
-    """Return the operations for an array: those of its library's backend, portable where it has none."""
+    """Return the operations for an array: those of its library's backend, portable where it has none.
+
+    Parameters
+    ----------
+    x : array
+
+    Returns
+    -------
+    Operations
+
+    Raises
+    ------
+    BackendError
+        If the library has a backend and it does not load.
+    """
     name = library_name(array_namespace(x))
     operations = _resolved.get(name)
     if operations is None:
