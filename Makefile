@@ -37,6 +37,7 @@ lint: $(VENV)/.test
 
 # Runs the examples, and fails on any warning, any link within the site that leads nowhere and any picture without words.
 docs: $(DOCS)/.done
+	rm -rf $(SITE)
 	$(DOCS)/bin/python -m sphinx -W --keep-going -q -b html docs $(SITE)
 	$(DOCS)/bin/python docs/check_site.py $(SITE)
 

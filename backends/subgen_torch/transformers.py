@@ -66,7 +66,12 @@ def enable(model: Any) -> None:
 
 
 def disable(model: Any) -> None:
-    """Give a model back the attention it had before `enable`."""
+    """Give a model back the attention it had before `enable`.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    """
     previous = getattr(model, "_subgen_previous", None)
     if previous is not None and model.config._attn_implementation == _NAME:
         model.set_attn_implementation(previous)

@@ -48,10 +48,7 @@ def _rows(function: Callable[..., Any]) -> Iterator[tuple[str, str, str, bool]]:
     for name, parameter in inspect.signature(function).parameters.items():
         kind, info = typing.get_args(hints[name])[:2]
         flag = "--" + name.replace("_", "-")
-        if isinstance(info, ArgumentInfo):
-            names = name.upper()
-        else:
-            names = ", ".join(info.param_decls or [flag])
+        names = name.upper() if isinstance(info, ArgumentInfo) else ", ".join(info.param_decls or [flag])
         default = parameter.default
         required = default is inspect.Parameter.empty
         stated = "" if required or default is None or default is False else f" Default: {default}."

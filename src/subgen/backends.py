@@ -25,7 +25,7 @@ same signature, discrete results (assignments, counts, random bits) equal to the
 numbers equal within the rounding of float32. To try one without packaging it, call `register`.
 
 An operation gets arrays of your library only, already checked, and gives new arrays; it must not write into its
-arguments, `write` excepted. There is no global "current backend" and no environment variable: the array decides.
+arguments, ``write`` excepted. There is no global "current backend" and no environment variable: the array decides.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Fixed:
     max_clusters: int
 
     def clusters(self, n_seen: int, footprint: Footprint) -> int:
-        """See `Budget.clusters`."""
+        """See `subgen.budget.Budget.clusters`."""
         return self.max_clusters
 
 
@@ -95,7 +95,7 @@ class Power:
         object.__setattr__(self, "exponent", check_real("exponent", self.exponent, minimum=0.0, maximum=1.0))
 
     def clusters(self, n_seen: int, footprint: Footprint) -> int:
-        """See `Budget.clusters`."""
+        """See `subgen.budget.Budget.clusters`."""
         return max(1, int(self.coefficient * float(n_seen) ** self.exponent))
 
 
@@ -106,7 +106,7 @@ class Bytes:
     max_bytes: int
 
     def clusters(self, n_seen: int, footprint: Footprint) -> int:
-        """See `Budget.clusters`."""
+        """See `subgen.budget.Budget.clusters`."""
         clusters = (self.max_bytes // footprint.streams - footprint.fixed) // footprint.cluster
         if clusters < 1:
             least = footprint.streams * (footprint.fixed + footprint.cluster)
@@ -121,13 +121,13 @@ class Bytes:
 class Share:
     """What is left of an exact cache of as many tokens once a share of its bytes is removed.
 
-    While that is less than twice the window and the sinks, `window` clusters are held all the same.
+    While that is less than twice the window and the sinks, ``window`` clusters are held all the same.
     """
 
     compression_ratio: float
 
     def clusters(self, n_seen: int, footprint: Footprint) -> int:
-        """See `Budget.clusters`."""
+        """See `subgen.budget.Budget.clusters`."""
         allowed = math.floor((1.0 - self.compression_ratio) * n_seen * footprint.pair)
         return max(footprint.window, (allowed - footprint.fixed) // footprint.cluster)
 

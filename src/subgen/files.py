@@ -82,6 +82,11 @@ def sample() -> Capture:
 def write_arrays(path: str | Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays to an ``.npz`` or ``.safetensors`` file, by its ending.
 
+    Parameters
+    ----------
+    path : str or Path
+    arrays : mapping of str to NumPy array
+
     Raises
     ------
     FileError

@@ -132,7 +132,7 @@ def merge_closest(
     ----------
     means : Means
     metric, value_scale
-        As in `ward_costs`.
+        As in `subgen.merging.ward_costs`.
     most : int
         At least 1.
     places : int

@@ -1,4 +1,4 @@
-"""What the default sketch and the paper's algorithm have in common: what `AttentionSketch` calls."""
+"""What the default sketch and the paper's algorithm have in common: what `subgen.AttentionSketch` calls."""
 
 from __future__ import annotations
 

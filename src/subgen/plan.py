@@ -70,7 +70,7 @@ class DefaultSize:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """What `subgen.plan` found.
 
     Attributes
     ----------

@@ -126,7 +126,16 @@ def stream_capture(
 
 
 def relative_error(output: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float64]:
-    """``||output - exact|| / ||exact||`` per token; 0 where both are zero."""
+    """Relative error ``||output - exact|| / ||exact||`` per token; 0 where both are zero.
+
+    Parameters
+    ----------
+    output, exact : NumPy array, shape (..., n, value_dim)
+
+    Returns
+    -------
+    float64 array, shape (..., n)
+    """
     wide = exact.astype(np.float64)
     missed = np.linalg.norm(output.astype(np.float64) - wide, axis=-1)
     norm = np.linalg.norm(wide, axis=-1)

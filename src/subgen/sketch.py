@@ -68,8 +68,8 @@ class AttentionSketch:
 
     The first ``sink`` tokens and the last ``window`` are kept exactly. All others are clusters, each held as its mean
     key and mean value; when there are more than the budget, the closest pairs merge. Closeness is measured in
-    logits of recent queries and in values, weighted by the attention that the tokens received. For the algorithm of
-    the paper, see `AttentionSketch.paper`.
+    logits of recent queries and in values, and unusual keys merge last. For the algorithm of the paper, see
+    `AttentionSketch.paper`.
 
     The array library, dtype, device and shapes come from the first `update` (or `step`); a batch holds any number of
     independent streams, and a stream's answers depend neither on its neighbours in the batch nor on how the tokens
@@ -206,6 +206,11 @@ class AttentionSketch:
         TypeError, ValueError
             If an argument is not a number within its bounds.
 
+        References
+        ----------
+        Zandieh, Han, Mirrokni, Karbasi, "SubGen: Token Generation in Sublinear Time and Memory",
+        arXiv 2402.06082 (2024), Algorithm 1.
+
         Examples
         --------
         >>> import numpy as np, subgen
@@ -217,11 +222,6 @@ class AttentionSketch:
         >>> sketch.update(keys, values)
         >>> sketch.n_seen, int(sketch.n_clusters)
         (1000, 8)
-
-        References
-        ----------
-        Zandieh, Han, Mirrokni, Karbasi, "SubGen: Token Generation in Sublinear Time and Memory",
-        arXiv 2402.06082 (2024), Algorithm 1.
         """
         sketch = cls.__new__(cls)
         sketch._start(
@@ -317,8 +317,8 @@ class AttentionSketch:
         values : array, shape (..., kv_heads, n, value_dim)
             Any ``n`` of at least 1; the shapes, library, dtype and device of the first block hold for all.
         queries : array, shape (..., q_heads, n, head_dim), optional
-            The queries of these tokens: they teach which differences of keys matter, and which tokens. Without
-            them keys are compared as they are. The paper's algorithm does not use them.
+            The queries of these tokens: they teach which differences of keys matter. Without them keys are compared as
+            they are. The paper's algorithm does not use them.
 
         Raises
         ------

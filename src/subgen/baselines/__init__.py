@@ -1,7 +1,8 @@
 """The rivals: other ways to hold a long context in few pairs, each one pure function, for comparing at equal bytes.
 
-Offline tools in plain NumPy: a rival sees a whole prefix at once (`Prefix`) and gives an object that answers
-queries (`Answers`), most often weighted pairs (`Summary`). One method a file::
+Offline tools in plain NumPy: a rival sees a whole prefix at once (`~subgen.baselines.prefix.Prefix`) and gives
+an object that answers queries (`~subgen.baselines.prefix.Answers`), most often weighted pairs
+(`~subgen.baselines.prefix.Summary`). One method a file::
 
     prefix      what every rival is given, and what it gives back
     eviction    StreamingLLM, H2O, SnapKV, Expected Attention, KeyDiff: keep some pairs, forget the others

@@ -56,7 +56,10 @@ class Estimator:
     nbytes: int
 
     def answer(self, rows: Floats) -> tuple[Floats, Floats]:
-        """Answer as in `Answers.answer`, in float64: unclamped, the ratio is huge where tau missed what z found."""
+        """Answer as in `subgen.baselines.prefix.Answers.answer`, in float64.
+
+        Unclamped, the ratio is huge where tau missed what z found.
+        """
         outputs, log_taus = zip(*map(_answer, self.streams, rows[:, None].astype(np.float64)), strict=True)
         return np.clip(np.concatenate(outputs), self.low, self.high), np.concatenate(log_taus)
 

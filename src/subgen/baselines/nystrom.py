@@ -45,7 +45,10 @@ class SignedSummary:
         return sum(array.nbytes for array in (self.keys, self.sums, self.masses, self.low, self.high))
 
     def answer(self, rows: Floats) -> tuple[Floats, Floats]:
-        """Answer as in `Answers.answer`; where the total mass is not positive, the prefix has no say."""
+        """Answer as in `subgen.baselines.prefix.Answers.answer`.
+
+        Where the total mass is not positive, the prefix has no say.
+        """
         logits = rows @ self.keys.astype(rows.dtype).swapaxes(1, 2)
         peak = logits.max(axis=-1, keepdims=True)
         weights = np.exp(logits - peak)

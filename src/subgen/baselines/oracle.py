@@ -32,7 +32,7 @@ class Oracle:
         return self.keys.nbytes + self.values.nbytes
 
     def answer(self, rows: Floats) -> tuple[Floats, Floats]:
-        """Answer as in `Answers.answer`."""
+        """Answer as in `subgen.baselines.prefix.Answers.answer`."""
         logits = rows @ self.keys.astype(rows.dtype).swapaxes(1, 2)
         best = np.argpartition(-logits, self.budget - 1, axis=-1)[..., : self.budget]
         log_weights = np.full_like(logits, -np.inf)

@@ -133,7 +133,7 @@ class Summary:
         return self.keys.nbytes + self.values.nbytes + weights
 
     def answer(self, rows: Floats) -> tuple[Floats, Floats]:
-        """Answer as in `Answers.answer`."""
+        """Answer as in `subgen.baselines.prefix.Answers.answer`."""
         outputs, logsumexp = weighted_attention(
             rows, self.keys, self.values, self.log_weights[:, None, :].astype(rows.dtype)
         )
