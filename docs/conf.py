@@ -71,12 +71,14 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_show_tb = True
 nb_merge_streams = True
-nb_number_source_lines = False
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 
 html_theme = "furo"
 html_title = "subgen"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+smartquotes = False
 html_show_sphinx = False
 html_domain_indices = False
 html_theme_options = {
