@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
+from docutils import nodes
+
 import subgen
 
 project = "subgen"
@@ -71,6 +73,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars; errors stop the build
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 
@@ -89,3 +92,15 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
+
+
+def setup(app: object) -> None:
+    """Cut the empty line that doctest needs at the end of a block."""
+    app.connect("doctree-read", _trim_blocks)  # type: ignore[attr-defined]
+
+
+def _trim_blocks(app: object, doctree: nodes.document) -> None:
+    for block in doctree.findall(nodes.literal_block):
+        if block.rawsource == block.astext():
+            block.rawsource = block.rawsource.rstrip()
+            block.children = [nodes.Text(block.rawsource)]
