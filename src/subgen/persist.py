@@ -36,7 +36,7 @@ _HELP = "expected a file written by AttentionSketch.save"
 
 
 def save(sketch: AttentionSketch, path: str | Path) -> None:
-    """Write a sketch; see `AttentionSketch.save`."""
+    """Write a sketch; see `subgen.AttentionSketch.save`."""
     path = Path(path)
     if path.suffix.lower() != ".safetensors":
         raise FileError(f"{path}: a sketch is saved as .safetensors; give the file that ending")
@@ -64,7 +64,7 @@ def save(sketch: AttentionSketch, path: str | Path) -> None:
 
 
 def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
-    """Read a sketch written by `AttentionSketch.save`, to go on from where it was.
+    """Read a sketch written by `subgen.AttentionSketch.save`, to go on from where it was.
 
     Nothing in the file is executed. A sketch goes on bit for bit as the one that was saved would have, on the same
     library; on another the discrete decisions are those of that library's arithmetic from here on.
