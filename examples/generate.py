@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import matplotlib
 import torch
@@ -23,13 +23,17 @@ from task import MODEL, Score, evaluate, samples, source
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from subgen.means import Storage
+
 console = Console()
 
+Dtype = Literal["float32", "bfloat16"]
 
-def load() -> Any:
+
+def load(dtype: str = "float32") -> Any:
     """Load the model that comes with the project, with SubGen switched on."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, dtype)).eval()
     enable(model)
     return model
 
@@ -109,6 +113,8 @@ def main(
     count: Annotated[int, typer.Option("--samples", help="Samples; 16 digits each.")] = 32,
     budgets: Annotated[str, typer.Option(help="Shares of the pairs kept, with commas.")] = "0.25,0.1",
     window: Annotated[int, typer.Option(help="Last tokens kept exactly, if the budget allows.")] = 128,
+    storage: Annotated[Storage, typer.Option(help="What clusters are held in.")] = "input",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model, and so of the cache.")] = "float32",
     rivals: Annotated[Path | None, typer.Option(help="Scores of rivals.py.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to write a plot.")] = None,
     long: Annotated[int, typer.Option("--stream", help="Instead: read so many tokens in fixed memory.")] = 0,
@@ -116,7 +122,7 @@ def main(
     """Compare SubGen with an exact cache, and with the methods of kvpress if their scores are there."""
     # Two calls a cache, of which the second is no part of the prompt: the warning about chunks is not for us.
     logging.getLogger("subgen_torch").setLevel(logging.ERROR)
-    model = load()
+    model = load(dtype)
     if long:
         stream(model, long)
         return
@@ -128,7 +134,7 @@ def main(
             ratio = 1.0 - float(budget)
 
             def make(ratio: float = ratio) -> SubGenCache:
-                return SubGenCache(model.config, compression_ratio=ratio, window=window)
+                return SubGenCache(model.config, compression_ratio=ratio, window=window, storage=storage)
 
             scores[budget] = {"subgen": score(model, drawn, make, progress, f"subgen, {float(budget):.0%}")}
     if rivals is not None and rivals.exists():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from subgen import AttentionSketch
 from subgen._checks import check_choice, check_integer, check_real, check_seed
-from subgen.means import Storage
+from subgen.means import ClusterMeans, Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Budget", "budgets"]
 
@@ -17,7 +20,8 @@ __all__ = ["Budget", "budgets"]
 class Budget:
     """Of one layer; exactly one of ``max_clusters`` and ``compression_ratio`` is given.
 
-    Called with the number of tokens of the first block (the prompt) and the factor of the logits, it gives a sketch.
+    Called with the number of tokens of the first block (the prompt), the factor of the logits, and keys and values of
+    its shape and dtype, it gives a sketch.
     """
 
     max_clusters: int | None
@@ -27,7 +31,7 @@ class Budget:
     seed: int
     storage: Storage = "input"
 
-    def __call__(self, first: int, scale: float) -> AttentionSketch:
+    def __call__(self, first: int, scale: float, keys: Tensor, values: Tensor) -> AttentionSketch:
         """Return an empty sketch.
 
         Raises
@@ -38,15 +42,23 @@ class Budget:
         window, clusters = self.window, self.max_clusters
         if clusters is None:
             pairs = int((1.0 - (self.compression_ratio or 0.0)) * first + 0.5)
-            # At least half of what the sinks leave is for clusters: a window alone would be no summary.
-            window = min(window, (pairs - self.sink) // 2)
+            # Three quarters of what the sinks leave are for clusters: a window alone would be no summary.
+            window = min(window, (pairs - self.sink) // 4)
             clusters = pairs - self.sink - window
             if window < 2:
                 raise ValueError(
                     f"compression_ratio={self.compression_ratio:g} leaves {pairs} pairs of a prompt of {first} tokens: "
-                    f"at least {self.sink + 4} are needed for sink={self.sink}, a window of 2 and 2 clusters. Use a "
+                    f"at least {self.sink + 8} are needed for sink={self.sink}, a window of 2 and 6 clusters. Use a "
                     f"smaller ratio, fewer sinks, or max_clusters"
                 )
+            if self.storage == "int8":
+                # As many as fit into the bytes of those pairs.
+                method = cast("ClusterMeans", self._sketch(1, window, scale).method)
+                held = method.footprint(keys.flatten(0, -3), values.flatten(0, -3))
+                clusters = max(clusters, (pairs * held.pair - held.fixed) // held.cluster)
+        return self._sketch(clusters, window, scale)
+
+    def _sketch(self, clusters: int, window: int, scale: float) -> AttentionSketch:
         # A model's NaN passes, as it does with every cache: looking for it would wait for the device at each token.
         return AttentionSketch(
             clusters,

@@ -86,10 +86,10 @@ class Lanes:
     Parameters
     ----------
     make : callable
-        Gives a new sketch, from the number of tokens it starts with and the factor of the logits.
+        Gives a new sketch, from the number of tokens it starts with, the factor of the logits, and keys and values.
     """
 
-    def __init__(self, make: Callable[[int, float], AttentionSketch]) -> None:
+    def __init__(self, make: Callable[[int, float, Tensor, Tensor], AttentionSketch]) -> None:
         self._make = make
         self._lanes: list[_Lane] = []
 
@@ -126,7 +126,7 @@ class Lanes:
         for number, lane in enumerate(self._lanes):
             count = counts[lane.rows[0]]
             if lane.sketch is None and count:
-                self._lanes[number] = replace(lane, sketch=self._make(count, scale))
+                self._lanes[number] = replace(lane, sketch=self._make(count, scale, block.keys, block.values))
 
     def update(self, block: Block) -> None:
         """Absorb tokens."""

@@ -92,14 +92,14 @@ class SubGenCache(Cache):
     compression_ratio : float or sequence of float, optional
         Instead: the share of (key, value) pairs *removed*, in ``[0, 1)``. ``(1 - ratio)`` times the tokens of the
         first call, the prompt, is the number of pairs from then on, sinks and window included; the window shrinks to
-        leave half of them to clusters. A prompt that comes in chunks needs ``max_clusters``.
+        leave three quarters of them to clusters. A prompt that comes in chunks needs ``max_clusters``.
     window : int
         Last tokens kept exactly.
     sink : int
         First tokens kept exactly.
     storage : {"input", "int8"}
         What clusters are held in: the dtype of the model, or 8 bits, which makes a cluster about half as large for
-        models in 16 bits.
+        models in 16 bits; ``compression_ratio`` then holds as many as fit into the bytes of its pairs.
     seed : int
         In ``[0, 2**64)``.
     prefill : {"exact", "streaming"}
