@@ -118,8 +118,10 @@ def main() -> None:
     # Attending over the sketch, beside exact attention over as many pairs as it holds at that moment.
     filled = next(iter(sketches.values())).state
     held = filled.n_means + filled.n_exact
-    decoders = exact_decoders(q[:, :1], k[:, :held], v[:, :held])
-    calls = {f"exact {name}": call for name, call in decoders.items()}
+    # Each with pairs of its own: nobody finds them in the cache because another has just read them.
+    calls = {}
+    for name in exact_decoders(q[:, :1], k[:, :1], v[:, :1]):
+        calls[f"exact {name}"] = exact_decoders(q[:, :1], k[:, :held].copy(), v[:, :held].copy())[name]
     for name, make in libraries.items():
         query = make(q[:, :1])
         calls[f"sketch {name}"] = lambda sketch=sketches[name], query=query: sketch.attend(query)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from subgen_numpy import BACKEND
 from torch import Tensor
 
 from subgen.merging import bands
 from subgen.weighted import causal_bias
 
 __all__ = ["sketch_attention", "weighted_attention"]
+
+# Up to this many rows NumPy's way is the faster one on a CPU, by a third for the rows of one token.
+_FEW_ROWS = 32
 
 
 @torch.no_grad()
@@ -35,9 +39,14 @@ def sketch_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over clusters, and over exact pairs behind them; see `subgen.mass.sketch_attention`.
 
-    Log-weights go into the logits where they lie, and ``weighted`` is not called. Builds no autograd graph.
+    Log-weights go into the logits where they lie, and ``weighted`` is not called. Builds no autograd graph. A few rows
+    on a CPU are answered by the NumPy backend, over the same memory.
     """
     m, clusters, dtype = rows.shape[1], counts.shape[1], rows.dtype
+    if m <= _FEW_ROWS and rows.device.type == "cpu":
+        arrays = (rows, keys.to(dtype), values.to(dtype), counts, spread.to(dtype))
+        answer = BACKEND.operations["sketch_attention"](*(x.detach().numpy() for x in arrays), causal)
+        return torch.from_numpy(answer[0]), torch.from_numpy(answer[1])
     logits = torch.bmm(rows, keys.to(dtype).mT)
     if clusters:
         # Half the variance of the logits of the members: the sum over a band's coordinates is head_dim / bands means.
