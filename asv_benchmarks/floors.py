@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from peers import causal_exact, exact_decoders, torch_or_none
+from benchmarks._peers import causal_exact, exact_decoders, torch_or_none
 
 from subgen import AttentionSketch
 
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=[2**16, 2**20])
     parser.add_argument("--prompt", type=int, default=2**15, help="tokens absorbed at once; 0 skips it")
     parser.add_argument("--flat", type=int, nargs="*", default=[10**4, 10**6], help="lengths to compare steps at")
+    parser.add_argument("--seconds", type=float, default=2.0, help="least time for the medians of short calls")
     parser.add_argument("--only", nargs="*", choices=["numpy", "torch"], default=["numpy", "torch"])
     args = parser.parse_args()
     torch = torch_or_none()
@@ -125,31 +126,33 @@ def main() -> None:
     for name, make in libraries.items():
         query = make(q[:, :1])
         calls[f"sketch {name}"] = lambda sketch=sketches[name], query=query: sketch.attend(query)
-    taken = seconds(calls, 50, 2.0)
+    taken = seconds(calls, 50, args.seconds)
     yardstick = min(t for name, t in taken.items() if name.startswith("exact torch")) if torch else None
     print(f"\none token's queries over {held} pairs")
     for name, t in taken.items():
         report(name, t, held * size / bandwidth, yardstick)
 
-    # A whole step, absorption included.
-    steps = {}
-    for name, make in libraries.items():
-        data = tuple(make(x) for x in arrays(args.heads, 512, args.dim, 2))
-        times = per_step(sketches[name], data, args.steps)
-        steps[name] = sum(times) / len(times)
+    # A whole step, absorption included: passes of half a window, with one absorption each, between the exact answers.
+    passing = max(1, args.window // 2)
+    data = {name: tuple(make(x) for x in arrays(args.heads, 512, args.dim, 2)) for name, make in libraries.items()}
     for n in args.contexts:
-        _, keys, values = arrays(args.heads, n, args.dim, 3)
-        taken = seconds(exact_decoders(q[:, :1], keys, values), 3, 2.0)
-        best = min(taken.values())
-        print(f"\none step at {n} tokens ({args.steps} steps, absorption included)")
+        rng = np.random.default_rng(3)
+        keys, values = (rng.standard_normal((args.heads, n, args.dim), dtype=np.float32) for _ in range(2))
+        decoders = exact_decoders(q[:, :1], keys, values)
+        calls = {f"exact {name}": call for name, call in decoders.items()}
+        for name in libraries:
+            calls[f"sketch {name}"] = lambda name=name: per_step(sketches[name], data[name], passing)
+        taken = seconds(calls, max(1, args.steps // passing))
+        best = min(t for name, t in taken.items() if name.startswith("exact"))
+        print(f"\none token at {n} tokens; of the sketch, its update too, absorption included")
         for name, t in taken.items():
-            report(f"exact {name}", t, n * size / bandwidth)
-        for name, t in steps.items():
-            block = args.clusters + args.window // 2
+            if name.startswith("exact"):
+                report(name, t, n * size / bandwidth)
+                continue
             # The costs of pairs, once for every half window: a symmetric product of keys and values.
-            work = args.heads * block * block * 2 * args.dim / (args.window // 2)
-            report(f"sketch {name}", t, held * size / bandwidth + work / rate, best)
-        del keys, values
+            work = args.heads * (args.clusters + passing) ** 2 * 2 * args.dim / passing
+            report(name, t / passing, held * size / bandwidth + work / rate, best)
+        del keys, values, decoders, calls
 
     if args.prompt:
         q, k, v = arrays(args.heads, args.prompt, args.dim, 4)
