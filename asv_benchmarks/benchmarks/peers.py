@@ -9,7 +9,7 @@ import numpy as np
 from ._common import CLUSTERS, GROUP, HEAD_DIM, KV_HEADS, SINK, SMOKE, WINDOW
 from ._peers import exact_decoders
 
-LENGTHS = (2**9,) if SMOKE else (2**12, 2**16)
+LENGTHS = (2**9,) if SMOKE else (2**11, 2**14)
 WAYS = ("numpy", "torch, fused", "torch, products", "torch, products with keys on the left")
 
 
