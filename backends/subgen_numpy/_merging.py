@@ -150,7 +150,7 @@ def _match(nearest: _Nearest, surplus: int) -> tuple[Integers, Integers]:
     costs, partner, cost = nearest.costs, nearest.partner, nearest.cost
     n = partner.size
     index = np.arange(n)
-    taken = np.zeros(n, bool)
+    taken, penalty = np.zeros(n, bool), np.zeros(n, costs.dtype)
     firsts, seconds = [], []
     while surplus > 0:
         first = np.flatnonzero((partner[partner] == index) & (index < partner) & (cost < np.inf))
@@ -165,13 +165,15 @@ def _match(nearest: _Nearest, surplus: int) -> tuple[Integers, Integers]:
         if surplus <= 0:
             break
         taken[first] = taken[second] = True
-        cost[taken] = np.inf
+        cost[taken] = penalty[taken] = np.inf
         # The nearest of all others is still there, and still their nearest.
         stale = np.flatnonzero(taken[partner] & ~taken)
-        rows = costs[stale]
-        rows[:, taken] = np.inf
-        partner[stale] = again = rows.argmin(axis=-1)
-        cost[stale] = rows[np.arange(stale.size), again]
+        for start in range(0, stale.size, _ROWS):
+            some = stale[start : start + _ROWS]
+            rows = costs[some]
+            rows += penalty
+            partner[some] = rows.argmin(axis=-1)
+        cost[stale] = costs[stale, partner[stale]] + penalty[partner[stale]]
     return np.concatenate(firsts), np.concatenate(seconds)
 
 
