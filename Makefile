@@ -1,5 +1,6 @@
-# One command each: demo, test, lint, docs, docs-serve, bench, long-stream, drift, examples, and test-gpu and bench-gpu
-# where there is a GPU. Every target makes its environment first, but those two: they run in one that has CuPy, see docs/howto/gpu.md.
+# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, drift, examples, and
+# test-gpu and bench-gpu where there is a GPU. Every target makes its environment first, but those two: they run in one
+# that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,8 @@ DOCS := .venv-docs
 SITE := build/docs
 PORT ?= 8000
 
-.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench long-stream drift examples examples-rivals test-gpu bench-gpu clean
+.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream drift \
+  examples examples-rivals test-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
@@ -48,8 +50,22 @@ docs-serve: docs
 readme-plot: $(VENV)/.demo
 	$(BIN)/subgen compare --plot docs/_static/compare.png
 
+# Once each, all but the long streams of `growth`; BENCH=growth runs those, BENCH=. everything.
+BENCH ?= ^(?!growth)
+ASV = cd asv_benchmarks && $(abspath $(BIN))/asv
+
 bench: $(VENV)/.test
-	cd asv_benchmarks && $(abspath $(BIN))/asv run --environment existing:$(abspath $(BIN))/python --quick --show-stderr --dry-run
+	$(ASV) run --environment existing:$(abspath $(BIN))/python --quick --show-stderr --dry-run --bench '$(BENCH)'
+
+# Each commit in an environment of its own, in turns; fails where something takes FACTOR times as long or as much.
+BASE ?= main
+FACTOR ?= 1.25
+bench-compare: $(VENV)/.test
+	$(ASV) machine --yes
+	$(ASV) continuous --factor $(FACTOR) --interleave-rounds --show-stderr --bench '$(BENCH)' $(BASE) HEAD
+
+floors: $(VENV)/.test
+	$(BIN)/python asv_benchmarks/floors.py
 
 long-stream: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/long_stream.py

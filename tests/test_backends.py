@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import to_numpy
+from libraries import LIBRARIES, to_numpy
 
 import subgen
 from subgen import backends
 from subgen.backends import PORTABLE, Backend, BackendError
+from subgen.merging import Means
 
 
 @pytest.fixture
@@ -35,6 +36,12 @@ def installed() -> list[Backend]:
         except BackendError:  # its array library is not installed here
             continue
     return found
+
+
+def replacing(operation: str) -> list[Backend]:
+    """Backends of the libraries here that replace an operation; that of CuPy has tests of its own."""
+    here = [backend for backend in installed() if backend.name in LIBRARIES]
+    return [backend for backend in here if operation in backend.operations]
 
 
 def test_numpy_enters_by_the_door_for_strangers() -> None:
@@ -115,6 +122,92 @@ def test_an_entry_point_must_give_a_backend(monkeypatch: pytest.MonkeyPatch) -> 
     pretend_installed(monkeypatch, "numpy", "subgen_numpy:__name__")
     with pytest.raises(BackendError, match=r"must give a subgen.backends.Backend, got str"):
         backends.get("numpy")
+
+
+@pytest.mark.parametrize("backend", replacing("merge_closest"), ids=lambda b: b.name)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("free", "most"), [(0, 20), (5, 13), (5, 3), (0, 40)])
+def test_merging_decides_as_the_portable_code_on_integers(
+    backend: Backend, learned: bool, free: int, most: int
+) -> None:
+    """Ties all over, and costs that are exact in every order of summation: 32 clusters of integers."""
+    library = LIBRARIES[backend.name]
+    rng = np.random.default_rng(most)
+    n, d = 32 + free, 8
+    counts = np.ones((3, n), np.int32)
+    for row in counts:
+        row[rng.permutation(n)[:free]] = 0
+    root = np.tril(rng.integers(-1, 2, size=(3, d, d)), -1) + np.eye(d)
+    given = Means(
+        keys=rng.integers(-2, 3, size=(3, n, d)).astype(np.float32),
+        values=rng.integers(-1, 2, size=(3, n, 4)).astype(np.float32),
+        counts=counts,
+        spread=rng.integers(0, 3, size=(3, n, 4)).astype(np.float32),
+        importance=rng.integers(1, 4, size=(3, n)).astype(np.float32),
+        leaders=rng.normal(size=(3, n, d)).astype(np.float16),
+    )
+    metric = (root @ root.swapaxes(-1, -2)).astype(np.float32) if learned else None
+    scale = np.asarray([1.0, 2.0, 0.5], np.float32)
+    # One matching at a time: the means of a second one are no integers any more.
+    for surplus in range(1, 4):
+        left = max(most, 32 - 4 * surplus)
+        expected, moved = PORTABLE["merge_closest"](given, metric, scale, left, n)
+        arrays = given.each(library.array)
+        got, got_moved = backend.operations["merge_closest"](
+            arrays, None if metric is None else library.array(metric), library.array(scale), left, n
+        )
+        for x, y in zip(given._arrays(), arrays._arrays(), strict=True):
+            np.testing.assert_array_equal(to_numpy(y), x)  # nothing was written into
+        np.testing.assert_array_equal(to_numpy(got_moved)[counts > 0], moved[counts > 0])
+        live = expected.counts > 0
+        np.testing.assert_array_equal(to_numpy(got.counts), expected.counts)
+        for name in ("keys", "values", "spread", "importance", "leaders"):
+            mine, theirs = to_numpy(getattr(got, name)), getattr(expected, name)
+            np.testing.assert_allclose(mine[live], theirs[live], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", replacing("merge_closest"), ids=lambda b: b.name)
+@pytest.mark.parametrize("metric", [0.0, 1.0, np.inf])
+def test_merging_ends_whatever_the_numbers(backend: Backend, metric: float) -> None:
+    """A metric that is not definite, costs beyond the dtype, clusters without importance: as many are left as asked."""
+    library = LIBRARIES[backend.name]
+    keys = np.random.default_rng(0).normal(size=(2, 40, 4)).astype(np.float32) * 10.0 ** np.arange(
+        -18, 22, dtype=float
+    )[:, None].astype(np.float32)
+    ones = np.ones((2, 40), np.float32)
+    given = Means(keys, keys, ones.astype(np.int32), np.zeros((2, 40, 4), np.float32), ones * [[0.0], [1.0]])
+    given = Means(*(x if x is None or x.dtype == np.int32 else x.astype(np.float32) for x in given._arrays()))
+    with np.errstate(all="ignore"):
+        shape = np.full((2, 4, 4), metric, np.float32)
+        got, _ = backend.operations["merge_closest"](
+            given.each(library.array), library.array(shape), library.array(np.ones(2, np.float32)), 5, 5
+        )
+    assert to_numpy(got.counts).sum() == 80
+    assert to_numpy(got.counts).shape == (2, 5)
+
+
+@pytest.mark.parametrize("backend", replacing("sketch_attention"), ids=lambda b: b.name)
+@pytest.mark.parametrize("causal", [0, 1, 5])
+@pytest.mark.parametrize("rows", [10, 80])
+@pytest.mark.parametrize(("clusters", "stored"), [(0, np.float32), (30, np.float32), (30, np.float16)])
+def test_attention_over_clusters_is_that_of_the_portable_code(
+    backend: Backend, causal: int, rows: int, clusters: int, stored: type
+) -> None:
+    library = LIBRARIES[backend.name]
+    rng = np.random.default_rng(rows)
+    q = rng.normal(size=(3, rows, 8)).astype(np.float32)
+    k = rng.normal(size=(3, clusters + 9, 8)).astype(stored)
+    v = rng.normal(size=(3, clusters + 9, 6)).astype(stored)
+    counts = rng.integers(0, 4, size=(3, clusters)).astype(np.int32)
+    spread = rng.uniform(0, 0.3, size=(3, clusters, 4)).astype(stored)
+    given = (q, k, v, counts, spread)
+    expected = PORTABLE["sketch_attention"](q, k.astype(np.float32), v.astype(np.float32), counts, spread, causal)
+    arrays = tuple(map(library.array, given))
+    got = backend.operations["sketch_attention"](*arrays, causal)
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(mine), theirs, rtol=2e-5, atol=2e-6)
+    for x, y in zip(arrays, given, strict=True):
+        np.testing.assert_array_equal(to_numpy(x), y)  # nothing was written into
 
 
 def test_the_portable_code_and_the_numpy_backend_agree_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:

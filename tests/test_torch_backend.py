@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from test_attention import TOLERANCE, weighted
 
+from subgen import AttentionSketch
 from subgen.backends import PORTABLE, get
 
 torch = pytest.importorskip("torch")
@@ -43,3 +44,37 @@ def test_double_precision_stays() -> None:
 def test_no_autograd_graph() -> None:
     q, k, v, w = (torch.asarray(x).requires_grad_() for x in weighted(np.random.default_rng(7)))
     assert not operation("weighted_attention")(q, k, v, w)[0].requires_grad
+
+
+def test_a_token_is_written_where_it_belongs_and_not_into_tensors_of_inference_mode() -> None:
+    write = operation("write")
+    x, block = torch.zeros(2, 5, 3), torch.ones(2, 2, 3, requires_grad=True)
+    written = write(x, 1, block)
+    assert written.data_ptr() == x.data_ptr()
+    assert not written.requires_grad
+    np.testing.assert_array_equal(written, PORTABLE["write"](torch.zeros(2, 5, 3), 1, block.detach()))
+    with torch.inference_mode():
+        x = torch.zeros(2, 5, 3)
+        assert write(x, 3, block).data_ptr() == x.data_ptr()
+    assert bool((x[:, 3:] == 1).all())
+    np.testing.assert_array_equal(write(x, 0, block), PORTABLE["write"](x, 0, block.detach()))
+    assert bool((x[:, :2] == 0).all())
+
+
+@pytest.mark.parametrize("delta", [None, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_that_goes_in_and_out_of_inference_mode(delta: float | None, dtype: torch.dtype) -> None:
+    """The same state as outside all along, keys that ask for gradients included."""
+    keys, values, queries = torch.randn(3, 2, 120, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sketches = [AttentionSketch(12, delta=delta, window=8, sink=2) for _ in range(2)]
+    for start in range(0, 120, 5):
+        part = slice(start, start + 5)
+        sketches[0].update(keys[:, part], values[:, part], queries[:, part])
+        with torch.inference_mode(start % 3 == 0):
+            asking = (x[:, part].clone().requires_grad_() for x in (keys, values, queries))
+            sketches[1].update(*asking)
+    one, other = (sketch.state for sketch in sketches)
+    assert torch.equal(one.counts, other.counts)
+    assert torch.equal(one.keys, other.keys)
+    assert torch.equal(one.queries.codes, other.queries.codes)
+    assert not other.keys.requires_grad

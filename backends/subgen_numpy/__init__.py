@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from subgen.backends import Backend
 
-from ._attention import weighted_attention
+from ._attention import sketch_attention, weighted_attention
+from ._merging import merge_closest
 from ._tail import write
 from ._threefry import threefry2x32
 
 __all__ = ["BACKEND"]
 
-BACKEND = Backend("numpy", {"threefry2x32": threefry2x32, "weighted_attention": weighted_attention, "write": write})
+BACKEND = Backend(
+    "numpy",
+    {
+        "threefry2x32": threefry2x32,
+        "weighted_attention": weighted_attention,
+        "sketch_attention": sketch_attention,
+        "merge_closest": merge_closest,
+        "write": write,
+    },
+)

@@ -1,31 +1,80 @@
-"""Weighted attention in one buffer of logits."""
+"""Weighted attention, and attention over clusters, each in one buffer of logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["weighted_attention"]
+from subgen.merging import band_means
+from subgen.weighted import causal_bias
+
+__all__ = ["sketch_attention", "weighted_attention"]
 
 Floats = NDArray[np.floating[Any]]
+
+# Up to this many rows the product with keys on the left is the faster one, several times so for a few.
+_FEW_ROWS = 32
 
 
 def weighted_attention(queries: Floats, keys: Floats, values: Floats, log_weights: Floats) -> tuple[Floats, Floats]:
     """Weighted softmax attention; see `subgen.weighted.weighted_attention`."""
-    dtype = queries.dtype
-    logits = queries @ keys.astype(dtype, copy=False).swapaxes(-1, -2)
+    logits = _products(queries, keys)
     logits += log_weights
+    return _softmax(logits, values)
+
+
+def sketch_attention(
+    rows: Floats,
+    keys: Floats,
+    values: Floats,
+    counts: NDArray[np.int32],
+    spread: Floats,
+    causal: int = 0,
+    weighted: Callable[..., tuple[Floats, Floats]] = weighted_attention,
+) -> tuple[Floats, Floats]:
+    """Attention over clusters, and over exact pairs behind them; see `subgen.mass.sketch_attention`.
+
+    Log-weights go into the logits where they lie, and ``weighted`` is not called.
+    """
+    m, clusters = rows.shape[1], counts.shape[1]
+    logits = _products(rows, keys)
+    if clusters:
+        energy = band_means(rows * rows)
+        energy *= rows.dtype.type(0.5 * rows.shape[-1] / spread.shape[-1])
+        half = _products(energy, spread)
+        # Free places: the logarithm of 0 is -inf, the smaller of the two is, and so is the sum.
+        with np.errstate(divide="ignore"):
+            log_counts = np.log(counts, dtype=rows.dtype)[:, None, :]
+        np.minimum(half, log_counts, out=half)
+        half += log_counts
+        logits[:, :, :clusters] += half
+    if causal > 1:  # one token sees all that is held
+        logits[:, :, clusters:] += causal_bias(causal, keys.shape[1] - clusters, m // causal, rows)
+    return _softmax(logits, values)
+
+
+def _products(rows: Floats, others: Floats) -> Floats:
+    """Inner products ``(streams, m, n)`` in the dtype of the rows."""
+    others = others.astype(rows.dtype, copy=False)
+    if rows.shape[1] > _FEW_ROWS:
+        return rows @ others.swapaxes(-1, -2)
+    return np.ascontiguousarray((others @ np.ascontiguousarray(rows.swapaxes(-1, -2))).swapaxes(-1, -2))
+
+
+def _softmax(logits: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """Outputs and logsumexp; writes into the logits."""
     peak = logits.max(axis=-1, keepdims=True)
     peak[np.isneginf(peak)] = 0.0
     logits -= peak
     np.exp(logits, out=logits)
     total = logits.sum(axis=-1, keepdims=True)
-    outputs = logits @ values.astype(dtype, copy=False)
+    outputs = logits @ values.astype(logits.dtype, copy=False)
     # Rows without any weight: an output of zero and a logsumexp of -inf, without a warning.
     empty = total == 0.0
-    outputs /= np.where(empty, dtype.type(1.0), total)
+    outputs /= np.where(empty, logits.dtype.type(1.0), total)
     with np.errstate(divide="ignore"):
         logsumexp = np.log(total) + peak
     return outputs, logsumexp[..., 0]

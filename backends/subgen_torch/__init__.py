@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from subgen.backends import Backend
 
-from ._attention import weighted_attention
+from ._attention import sketch_attention, weighted_attention
+from ._merging import merge_closest
+from ._tail import write
 
 __all__ = ["BACKEND"]
 
-BACKEND = Backend("torch", {"weighted_attention": weighted_attention})
+BACKEND = Backend(
+    "torch",
+    {
+        "weighted_attention": weighted_attention,
+        "sketch_attention": sketch_attention,
+        "merge_closest": merge_closest,
+        "write": write,
+    },
+)

@@ -1,11 +1,20 @@
-"""Weighted attention in one buffer of logits."""
+"""Weighted attention, and attention over clusters, each in one buffer of logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from subgen_numpy import BACKEND
 from torch import Tensor
 
-__all__ = ["weighted_attention"]
+from subgen.merging import bands
+from subgen.weighted import causal_bias
+
+__all__ = ["sketch_attention", "weighted_attention"]
+
+# Up to this many rows NumPy's way is the faster one on a CPU, by a third for the rows of one token.
+_FEW_ROWS = 32
 
 
 @torch.no_grad()
@@ -15,11 +24,49 @@ def weighted_attention(queries: Tensor, keys: Tensor, values: Tensor, log_weight
     logits = torch.baddbmm(
         log_weights.expand(queries.shape[0], queries.shape[1], keys.shape[1]), queries, keys.to(dtype).mT
     )
+    return _softmax(logits, values)
+
+
+@torch.no_grad()
+def sketch_attention(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    spread: Tensor,
+    causal: int = 0,
+    weighted: Callable[..., tuple[Tensor, Tensor]] = weighted_attention,
+) -> tuple[Tensor, Tensor]:
+    """Attention over clusters, and over exact pairs behind them; see `subgen.mass.sketch_attention`.
+
+    Log-weights go into the logits where they lie, and ``weighted`` is not called. Builds no autograd graph. A few rows
+    on a CPU are answered by the NumPy backend, over the same memory.
+    """
+    m, clusters, dtype = rows.shape[1], counts.shape[1], rows.dtype
+    if m <= _FEW_ROWS and rows.device.type == "cpu":
+        arrays = (rows, keys.to(dtype), values.to(dtype), counts, spread.to(dtype))
+        answer = BACKEND.operations["sketch_attention"](*(x.detach().numpy() for x in arrays), causal)
+        return torch.from_numpy(answer[0]), torch.from_numpy(answer[1])
+    logits = torch.bmm(rows, keys.to(dtype).mT)
+    if clusters:
+        # Half the variance of the logits of the members: the sum over a band's coordinates is head_dim / bands means.
+        energy = (rows * rows).unflatten(-1, (bands(rows.shape[-1]), -1)).sum(dim=-1).mul_(0.5)
+        half = torch.bmm(energy, spread.to(dtype).mT)
+        # Free places: the logarithm of 0 is -inf, the smaller of the two is, and so is the sum.
+        log_counts = counts.to(dtype).log_().unsqueeze(1)
+        logits[:, :, :clusters] += torch.minimum(half, log_counts).add_(log_counts)
+    if causal > 1:  # one token sees all that is held
+        logits[:, :, clusters:] += causal_bias(causal, keys.shape[1] - clusters, m // causal, rows)
+    return _softmax(logits, values)
+
+
+def _softmax(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and logsumexp; writes into the logits."""
     peak = logits.amax(dim=-1, keepdim=True)
     # A row without any weight has a peak of -inf: zero in its place makes its weights zero instead of NaN.
     peak.masked_fill_(peak == -torch.inf, 0.0)
     weights = logits.sub_(peak).exp_()
     total = weights.sum(dim=-1, keepdim=True)
-    outputs = torch.bmm(weights, values.to(dtype))
+    outputs = torch.bmm(weights, values.to(logits.dtype))
     outputs.div_(torch.where(total == 0.0, torch.ones_like(total), total))
     return outputs, total.log_().add_(peak).squeeze(-1)

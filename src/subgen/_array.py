@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, TypeAlias
 
-from array_api_compat import array_namespace
+import array_api_compat
 
 __all__ = [
     "Array",
@@ -22,6 +22,27 @@ __all__ = [
 # The array API has no static type that NumPy, torch and JAX arrays all satisfy.
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
+
+
+_namespaces: dict[type, Namespace] = {}
+
+
+def array_namespace(x: Array) -> Namespace:
+    """Return the array API namespace of an array; remembered by type, as a single token asks for it dozens of times.
+
+    Raises
+    ------
+    TypeError
+        If it is no array of a library that follows the standard.
+    """
+    known = _namespaces.get(type(x))
+    if known is not None:
+        return known
+    xp = array_api_compat.array_namespace(x)
+    # JAX passes gradients that are zero around as arrays of NumPy: these alone do not go by type.
+    if type(x).__module__.split(".")[0] != "numpy" or library_name(xp) == "numpy":
+        _namespaces[type(x)] = xp
+    return xp
 
 
 def library_name(xp: Namespace) -> str:

@@ -1,0 +1,199 @@
+"""The sketch beside exact attention on the same cores in the same run, and beside what the machine allows.
+
+Run with ``make floors``. Every line is a median; ratios are between medians of calls that took turns, so that other
+work on the machine slows both. ``--tokens``, ``--heads`` and so on shrink it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+from benchmarks._peers import causal_exact, exact_decoders, torch_or_none
+
+from subgen import AttentionSketch
+
+# Groups of query heads to a key-value head.
+GROUP = 4
+
+
+def seconds(calls: dict[str, Callable[[], Any]], rounds: int, least: float = 0.0) -> dict[str, float]:
+    """Median seconds of calls that take turns; more rounds until ``least`` seconds have gone by."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    while len(next(iter(times.values()))) < rounds or time.perf_counter() - start < least:
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    return {name: median(t) for name, t in times.items()}
+
+
+def machine(size: int) -> tuple[float, float]:
+    """Measured bytes a second read from memory, and float32 operations a second of a matrix product: the best seen."""
+    x = np.ones(size * size * 16, np.float32)
+    a = np.ones((size, size), np.float32)
+    calls: dict[str, Callable[[], Any]] = {"read numpy": lambda: x.max(), "product numpy": lambda: a @ a}
+    torch = torch_or_none()
+    if torch is not None:
+        tx, ta = torch.from_numpy(x), torch.from_numpy(a)
+        calls |= {"read torch": lambda: tx.amax(), "product torch": lambda: ta @ ta}
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(5):
+        for name, taken in seconds(calls, 1).items():
+            best[name] = min(best[name], taken)
+    read = min(taken for name, taken in best.items() if name.startswith("read"))
+    product = min(taken for name, taken in best.items() if name.startswith("product"))
+    return x.nbytes / read, 2 * size**3 / product
+
+
+def arrays(heads: int, n: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values of normal numbers, float32."""
+    rng = np.random.default_rng(seed)
+    make = rng.standard_normal
+    return (
+        make((heads * GROUP, n, dim), dtype=np.float32),
+        make((heads, n, dim), dtype=np.float32),
+        make((heads, n, dim), dtype=np.float32),
+    )
+
+
+def per_step(sketch: AttentionSketch, data: tuple[Any, Any, Any], steps: int) -> list[float]:
+    """Seconds of each of a number of single-token steps; the data is used again from its start when it ends."""
+    q, k, v = data
+    n, times = k.shape[1], []
+    for step in range(steps):
+        token = slice(step % n, step % n + 1)
+        begin = time.perf_counter()
+        sketch.update(k[:, token], v[:, token], q[:, token])
+        sketch.attend(q[:, token])
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--heads", type=int, default=8, help="key-value heads; four query heads share each")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--clusters", type=int, default=1024)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1024)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[2**16, 2**20])
+    parser.add_argument("--prompt", type=int, default=2**15, help="tokens absorbed at once; 0 skips it")
+    parser.add_argument("--flat", type=int, nargs="*", default=[10**4, 10**6], help="lengths to compare steps at")
+    parser.add_argument("--seconds", type=float, default=2.0, help="least time for the medians of short calls")
+    parser.add_argument("--only", nargs="*", choices=["numpy", "torch"], default=["numpy", "torch"])
+    args = parser.parse_args()
+    torch = torch_or_none()
+    if torch is not None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    libraries = {"numpy": np.asarray}
+    if torch is not None:
+        libraries["torch"] = torch.from_numpy
+    libraries = {name: make for name, make in libraries.items() if name in args.only}
+    bandwidth, rate = machine(max(256, 16 * args.dim))
+    print(f"threads {os.environ.get('OMP_NUM_THREADS', 'not set')}; memory {bandwidth / 1e9:.1f} GB/s, ", end="")
+    print(f"matrix products {rate / 1e9:.0f} GFLOP/s; {args.heads} key-value heads, {args.heads * GROUP} query heads")
+
+    def report(name: str, taken: float, floor: float | None = None, against: float | None = None) -> None:
+        line = f"{name:<58} {taken * 1e3:>11.3f} ms"
+        line += "" if floor is None else f"   floor {floor * 1e3:>9.3f} ms"
+        print(line + ("" if against is None else f"   {against / taken:>7.2f} x as fast as exact"), flush=True)
+
+    sink = 4
+    pairs = args.clusters + args.window + sink
+    size = 4 * 2 * args.dim * args.heads  # bytes of a token
+    q, k, v = arrays(args.heads, pairs + 1024, args.dim, 0)
+    sketches = {}
+    for name, make in libraries.items():
+        sketches[name] = AttentionSketch(args.clusters, window=args.window, sink=sink)
+        sketches[name].update(*(make(x) for x in (k, v, q)))
+
+    # Attending over the sketch, beside exact attention over as many pairs as it holds at that moment.
+    filled = next(iter(sketches.values())).state
+    held = filled.n_means + filled.n_exact
+    # Each with pairs of its own: nobody finds them in the cache because another has just read them.
+    calls = {}
+    for name in exact_decoders(q[:, :1], k[:, :1], v[:, :1]):
+        calls[f"exact {name}"] = exact_decoders(q[:, :1], k[:, :held].copy(), v[:, :held].copy())[name]
+    for name, make in libraries.items():
+        query = make(q[:, :1])
+        calls[f"sketch {name}"] = lambda sketch=sketches[name], query=query: sketch.attend(query)
+    taken = seconds(calls, 50, args.seconds)
+    yardstick = min(t for name, t in taken.items() if name.startswith("exact torch")) if torch else None
+    print(f"\none token's queries over {held} pairs")
+    for name, t in taken.items():
+        report(name, t, held * size / bandwidth, yardstick)
+
+    # A whole step, absorption included: passes of half a window, with one absorption each, between the exact answers.
+    passing = max(1, args.window // 2)
+    data = {name: tuple(make(x) for x in arrays(args.heads, 512, args.dim, 2)) for name, make in libraries.items()}
+    for n in args.contexts:
+        rng = np.random.default_rng(3)
+        keys, values = (rng.standard_normal((args.heads, n, args.dim), dtype=np.float32) for _ in range(2))
+        decoders = exact_decoders(q[:, :1], keys, values)
+        calls = {f"exact {name}": call for name, call in decoders.items()}
+        for name in libraries:
+            calls[f"sketch {name}"] = lambda name=name: per_step(sketches[name], data[name], passing)
+        taken = seconds(calls, max(1, args.steps // passing))
+        best = min(t for name, t in taken.items() if name.startswith("exact"))
+        print(f"\none token at {n} tokens; of the sketch, its update too, absorption included")
+        for name, t in taken.items():
+            if name.startswith("exact"):
+                report(name, t, n * size / bandwidth)
+                continue
+            # The costs of pairs, once for every half window: a symmetric product of keys and values.
+            work = args.heads * (args.clusters + passing) ** 2 * 2 * args.dim / passing
+            report(name, t / passing, held * size / bandwidth + work / rate, best)
+        del keys, values, decoders, calls
+
+    if args.prompt:
+        # An eighth of the work of either, times eight: so long a run would measure what else the machine does. In the
+        # seconds of a core for the same reason.
+        print(f"\n{args.prompt} tokens absorbed, in seconds of all threads: an eighth of it measured, times eight")
+        q, k, v = arrays(1, args.prompt, args.dim, 4)
+        begin = time.process_time()
+        best = causal_exact(q, k, v)
+        if best is not None:
+            best = (time.process_time() - begin) * args.heads
+            floor = 2 * args.heads * GROUP * args.prompt**2 * args.dim / rate
+            report("exact causal torch (one key-value head of all)", best, floor)
+        for name, make in libraries.items():
+            q, k, v = arrays(args.heads, max(1, args.prompt // 8), args.dim, 4)
+            block = [make(x) for x in (k, v, q)]
+            begin = time.process_time()
+            sketches[name].update(*block)
+            work = args.heads * args.prompt / passing * (args.clusters + passing) ** 2
+            report(
+                f"sketch {name} (an eighth of the tokens)",
+                8 * (time.process_time() - begin),
+                work * 2 * args.dim / rate,
+                best,
+            )
+        del q, k, v
+
+    if len(args.flat) > 1:
+        print("\nsteps of one key-value head along a stream")
+        for name, make in libraries.items():
+            sketch = AttentionSketch(args.clusters // 8, window=args.window, sink=sink)
+            slow = {}
+            block = [make(x) for x in arrays(1, 10**4, args.dim, 5)]
+            for n in args.flat:
+                while sketch.n_seen < n:
+                    few = min(n - sketch.n_seen, block[1].shape[1])
+                    sketch.update(block[1][:, :few], block[2][:, :few], block[0][:, :few])
+                times = sorted(per_step(sketch, tuple(block), args.steps))
+                slow[n] = median(times[-len(times) // 10 :])
+                report(f"{name}: slowest decile at {n}", slow[n])
+            print(f"{'':<58} last over first {slow[args.flat[-1]] / slow[args.flat[0]]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

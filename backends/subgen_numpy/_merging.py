@@ -1,0 +1,196 @@
+"""Merging closest pairs: a stream at a time, so that the costs of its pairs stay in the cache.
+
+The same pairs as `subgen.merging`, with less work: one symmetric product gives all costs, they are written over it,
+each row's cheapest partner is looked for once, and only the pairs that merge are touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from subgen.merging import Means, band_means
+
+__all__ = ["merge_closest"]
+
+Floats = NDArray[np.floating[Any]]
+Integers = NDArray[np.int64]
+
+# Rows of costs worked on at once: with their factors they fit a cache of half a megabyte.
+_ROWS = 48
+
+
+def merge_closest(
+    means: Means, metric: Floats | None, value_scale: Floats, most: int, places: int
+) -> tuple[Means, Integers]:
+    """Merge closest pairs until at most a number of clusters is left; see `subgen.merging.merge_closest`."""
+    streams, n = means.counts.shape
+    places = min(places, n)
+    result = means.each(lambda x: np.empty((streams, places, *x.shape[2:]), x.dtype))
+    moved = np.empty((streams, n), np.int64)
+    room: Floats = np.empty((0, 0), means.keys.dtype)
+    for stream in range(streams):
+        own = means.each(lambda x, stream=stream: x[stream])  # type: ignore[misc]
+        left = np.flatnonzero(own.counts > 0)
+        root = np.arange(n)  # the cluster that each became part of
+        found = own if left.size == n else own.each(lambda x, left=left: x[left])  # type: ignore[misc]
+        while left.size > most:
+            if room.shape[0] < left.size:
+                room = np.empty((left.size, left.size), means.keys.dtype)
+            nearest = _nearest(
+                found, None if metric is None else metric[stream % metric.shape[0]], value_scale[stream], room
+            )
+            first, second = _match(nearest, left.size - most)
+            stays = np.ones(left.size, bool)
+            stays[second] = False
+            step = np.arange(n)
+            step[left[second]] = left[first]
+            root = step[root]
+            found, left = _merge(found, first, second, np.flatnonzero(stays)), left[stays]
+        # Clusters first, in their order; free places hold zeros.
+        free = np.ones(n, bool)
+        free[left] = False
+        place = np.empty(n, np.int64)
+        place[left], place[free] = np.arange(left.size), np.arange(left.size, n)
+        moved[stream] = place[root]
+        for to, x in zip(_arrays(result), _arrays(found), strict=True):
+            if to is not None:
+                to[stream, : left.size] = x
+                to[stream, left.size :] = 0
+    return result, moved
+
+
+def _arrays(means: Means) -> tuple[NDArray[Any] | None, ...]:
+    return means.keys, means.values, means.counts, means.spread, means.importance, means.leaders
+
+
+@dataclass
+class _Nearest:
+    """The costs of all pairs of a stream, and the cheapest partner of each."""
+
+    costs: Floats
+    partner: Integers
+    cost: Floats
+
+
+def _nearest(means: Means, metric: Floats | None, value_scale: Any, room: Floats) -> _Nearest:
+    """Half of `subgen.merging.ward_costs` of a stream without free places, in the room given."""
+    n = means.counts.shape[0]
+    dtype = means.keys.dtype
+    points = _points(means, metric, value_scale)
+    costs = room.reshape(-1)[: n * n].reshape(n, n)
+    # The product of a matrix and its own transpose: BLAS computes one half, and the result is exactly symmetric.
+    np.matmul(points, points.T, out=costs)
+    half = costs.diagonal() * dtype.type(0.5)
+    largest = float(np.finfo(dtype).max) ** 0.5
+    # What may overflow, or has: costs are kept finite, so that any two clusters can merge.
+    wild = not float(half.max()) < largest / 4
+    w = means.importance
+    some = bool((w > 0).all())
+    partner, cost = np.empty(n, np.int64), np.empty(n, dtype)
+    factors, totals = (np.empty((min(n, _ROWS), n), dtype) for _ in range(2))
+    for start in range(0, n, _ROWS):
+        part = slice(start, min(n, start + _ROWS))
+        block = costs[part]
+        factor, total = factors[: block.shape[0]], totals[: block.shape[0]]
+        np.subtract(half[part, None], block, out=block)
+        block += half
+        if wild:
+            np.nan_to_num(block, copy=False, nan=0.0, posinf=largest, neginf=0.0)
+            np.minimum(block, largest / 2, out=block)
+        np.maximum(block, 0.0, out=block)
+        np.multiply(w[part, None], w, out=factor)
+        np.add(w[part, None], w, out=total)
+        if not some:
+            total[total <= 0] = 1.0
+        factor /= total
+        block *= factor
+        np.fill_diagonal(block[:, start:], np.inf)
+        partner[part] = block.argmin(axis=-1)
+    cost = costs[np.arange(n), partner]
+    return _Nearest(costs, partner, cost)
+
+
+def _points(means: Means, metric: Floats | None, value_scale: Any) -> Floats:
+    """Points whose squared distances are those of keys in the metric and of values together."""
+    dtype, d = means.keys.dtype, means.keys.shape[-1]
+    points = np.empty((means.keys.shape[0], d + means.values.shape[-1]), dtype)
+    weight = means.counts.astype(dtype)
+    weight /= weight.sum()
+    # Differences are all that matters: without the common offset, float32 keeps the digits.
+    keys = means.keys - weight @ means.keys
+    if metric is None:
+        points[:, :d] = keys
+    else:
+        np.matmul(keys, _root(metric), out=points[:, :d])
+    np.divide(means.values, value_scale, out=points[:, d:])
+    return points
+
+
+def _root(metric: Floats) -> Floats:
+    """Return a matrix whose product with its transpose is the metric."""
+    with np.errstate(all="ignore"):
+        if np.isfinite(metric).all():
+            try:
+                lower: Floats = np.linalg.cholesky(metric)
+                return lower
+            except np.linalg.LinAlgError:  # on the edge of definite: float64 and eigenvalues, negative ones left out
+                values, vectors = np.linalg.eigh(metric.astype(np.float64))
+                root: Floats = (vectors * np.sqrt(np.maximum(values, 0.0))).astype(metric.dtype)
+                return root
+        # Beyond the dtype: any finite metric will do where all costs overflow.
+        return np.eye(metric.shape[-1], dtype=metric.dtype)
+
+
+def _match(nearest: _Nearest, surplus: int) -> tuple[Integers, Integers]:
+    """Choose disjoint pairs, as `subgen.merging` does: rounds of mutual nearest, the cheapest first."""
+    costs, partner, cost = nearest.costs, nearest.partner, nearest.cost
+    n = partner.size
+    index = np.arange(n)
+    taken, penalty = np.zeros(n, bool), np.zeros(n, costs.dtype)
+    firsts, seconds = [], []
+    while surplus > 0:
+        first = np.flatnonzero((partner[partner] == index) & (index < partner) & (cost < np.inf))
+        if first.size == 0:
+            break
+        if first.size > surplus:
+            first = first[np.argsort(cost[first], kind="stable")[:surplus]]
+        second = partner[first]
+        firsts.append(first)
+        seconds.append(second)
+        surplus -= first.size
+        if surplus <= 0:
+            break
+        taken[first] = taken[second] = True
+        cost[taken] = penalty[taken] = np.inf
+        # The nearest of all others is still there, and still their nearest.
+        stale = np.flatnonzero(taken[partner] & ~taken)
+        for start in range(0, stale.size, _ROWS):
+            some = stale[start : start + _ROWS]
+            rows = costs[some]
+            rows += penalty
+            partner[some] = rows.argmin(axis=-1)
+        cost[stale] = costs[stale, partner[stale]] + penalty[partner[stale]]
+    return np.concatenate(firsts), np.concatenate(seconds)
+
+
+def _merge(means: Means, first: Integers, second: Integers, stays: Integers) -> Means:
+    """Merge pairs into the first of each, and keep only the clusters that stay."""
+    counts, added = means.counts[first], means.counts[second]
+    wide = means.keys.dtype
+    total = counts + added
+    share = (added.astype(wide) / total.astype(wide))[:, None]
+    difference = means.keys[second] - means.keys[first]
+    apart = band_means(difference * difference)
+    place = np.searchsorted(stays, first)
+    merged = means.each(lambda x: x[stays])
+    merged.keys[place] += difference * share
+    merged.values[place] += (means.values[second] - means.values[first]) * share
+    merged.counts[place] = total
+    # The parallel-axis rule.
+    merged.spread[place] += share * (means.spread[second] - means.spread[first] + (1 - share) * apart)
+    merged.importance[place] += means.importance[second]
+    return merged
