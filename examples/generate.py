@@ -76,9 +76,16 @@ def draw_plot(scores: dict[str, dict[str, Score]], exact: Score, path: Path) -> 
 
     figure, axes = plt.subplots(1, len(scores), figsize=(6 * len(scores), 5), squeeze=False, sharey=True)
     for axis, (budget, methods) in zip(axes[0], scores.items(), strict=True):
+        # One label for methods at one place; those that keep every later token have bytes of their own.
+        places: dict[tuple[float, float], list[str]] = {}
         for name, it in methods.items():
-            axis.scatter(it.text_loss, it.digit_loss, color="tab:red" if name == "subgen" else "tab:gray", s=25)
-            axis.annotate(name, (it.text_loss, it.digit_loss), fontsize=7, xytext=(3, 3), textcoords="offset points")
+            if not name.endswith("(growing)"):
+                places.setdefault((round(it.text_loss, 3), round(it.digit_loss, 2)), []).append(name)
+        for number, (place, names) in enumerate(sorted(places.items())):
+            axis.scatter(*place, color="tab:red" if "subgen" in names else "tab:gray", s=25)
+            above = (4, 5 + 9 * (number % 3)) if number % 2 else (4, -9 - 9 * (number % 3))
+            axis.annotate(", ".join(names), place, fontsize=7, xytext=above, textcoords="offset points")
+        axis.set_yscale("log")
         axis.axvline(exact.text_loss, linestyle=":", color="black")
         axis.axhline(exact.digit_loss, linestyle=":", color="black", label="exact cache")
         axis.set(title=f"{float(budget):.0%} of the pairs", xlabel="loss on text (nats a byte)")
