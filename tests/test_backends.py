@@ -156,7 +156,7 @@ def test_merging_decides_as_the_portable_code_on_integers(
         got, got_moved = backend.operations["merge_closest"](
             arrays, None if metric is None else library.array(metric), library.array(scale), left, n
         )
-        for x, y in zip(given._arrays(), arrays._arrays(), strict=True):
+        for x, y in zip(given.arrays(), arrays.arrays(), strict=True):
             np.testing.assert_array_equal(to_numpy(y), x)  # nothing was written into
         np.testing.assert_array_equal(to_numpy(got_moved)[counts > 0], moved[counts > 0])
         live = expected.counts > 0
@@ -176,7 +176,7 @@ def test_merging_ends_whatever_the_numbers(backend: Backend, metric: float) -> N
     )[:, None].astype(np.float32)
     ones = np.ones((2, 40), np.float32)
     given = Means(keys, keys, ones.astype(np.int32), np.zeros((2, 40, 4), np.float32), ones * [[0.0], [1.0]])
-    given = Means(*(x if x is None or x.dtype == np.int32 else x.astype(np.float32) for x in given._arrays()))
+    given = Means(*(x if x is None or x.dtype == np.int32 else x.astype(np.float32) for x in given.arrays()))
     with np.errstate(all="ignore"):
         shape = np.full((2, 4, 4), metric, np.float32)
         got, _ = backend.operations["merge_closest"](

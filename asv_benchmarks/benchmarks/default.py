@@ -11,15 +11,19 @@ from ._common import BACKENDS, BLOCK, CLUSTERS, SINK, SMOKE, WINDOW, array, bloc
 LENGTHS = (2**9,) if SMOKE else (2**11, 2**14)
 
 
-class Tokens:
+class _Data:
+    """What all of them stream."""
+
+    def setup_cache(self) -> dict[str, np.ndarray]:
+        return block()
+
+
+class Tokens(_Data):
     """Half a window of tokens, one a call: one absorption in it, whatever the machine and the length."""
 
     params = (BACKENDS, LENGTHS)
     param_names = ("backend", "n")
     timeout = 300.0
-
-    def setup_cache(self) -> dict[str, np.ndarray]:
-        return block()
 
     def setup(self, data: dict[str, np.ndarray], backend: str, n: int) -> None:
         self.data = {name: array(backend, x) for name, x in data.items()}
@@ -44,13 +48,10 @@ class Tokens:
         synchronise(backend)
 
 
-class Blocks:
+class Blocks(_Data):
     params = (BACKENDS,)
     param_names = ("backend",)
     timeout = 300.0
-
-    def setup_cache(self) -> dict[str, np.ndarray]:
-        return block()
 
     def setup(self, data: dict[str, np.ndarray], backend: str) -> None:
         self.data = {name: array(backend, x) for name, x in data.items()}
@@ -65,15 +66,12 @@ class Blocks:
         synchronise(backend)
 
 
-class Memory:
+class Memory(_Data):
     """Peak memory of a process that streams n tokens; what it takes before the first is in the empty reference."""
 
     params = (("numpy", "torch"), LENGTHS)
     param_names = ("backend", "n")
     timeout = 300.0
-
-    def setup_cache(self) -> dict[str, np.ndarray]:
-        return block()
 
     def setup(self, data: dict[str, np.ndarray], backend: str, n: int) -> None:
         self.data = {name: array(backend, x) for name, x in data.items()}
@@ -90,12 +88,9 @@ class Memory:
         array(backend, np.ones(shape, np.float32)), array(backend, np.ones(shape, np.float32))
 
 
-class Bytes:
+class Bytes(_Data):
     params = (LENGTHS, ("input", "int8"))
     param_names = ("n", "storage")
-
-    def setup_cache(self) -> dict[str, np.ndarray]:
-        return block()
 
     def track_cache_bytes(self, data: Any, n: int, storage: str) -> int:
         return filled(n, data, storage=storage).nbytes

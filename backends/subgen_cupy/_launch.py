@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from subgen._array import dtype_name as element
+
 __all__ = [
     "ALIGNMENT",
     "ELEMENTS",
@@ -43,11 +45,6 @@ MAX_SHARED = 48 << 10
 
 # Arguments travel as NumPy scalars: their size is then the size of the kernel's parameter, whoever launches it.
 i32, i64, f64 = np.int32, np.int64, np.float64
-
-
-def element(dtype: object) -> str:
-    """Name of a dtype of any library: ``"bfloat16"`` for ``torch.bfloat16``, ``ml_dtypes.bfloat16`` and others."""
-    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
 def ceil_div(a: int, b: int) -> int:

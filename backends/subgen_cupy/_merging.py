@@ -127,16 +127,12 @@ def merge(device: Device, means: Means, source: Array, other: Array) -> Means:
     new = means.each(lambda x: device.empty((streams, places, *x.shape[2:]), element(x.dtype)))
     halves = 0 if means.leaders is None else head_dim * means.leaders.dtype.itemsize // 2
     arguments = [
-        *(address(device, x) for x in (*_arrays(means), source, other)),
+        *(address(device, x) for x in (*means.arrays(), source, other)),
         *(i32(x) for x in (n, places, head_dim, value_dim, bands, halves)),
-        *(address(device, x) for x in _arrays(new)),
+        *(address(device, x) for x in new.arrays()),
     ]
     device.run(Launch(MERGING, "merge_pairs", streams * places, 128, arguments))
     return new
-
-
-def _arrays(means: Means) -> tuple[Array | None, ...]:
-    return means.keys, means.values, means.counts, means.spread, means.importance, means.leaders
 
 
 def packed(device: Device, means: Means) -> Means:

@@ -56,15 +56,11 @@ def merge_closest(
         place = np.empty(n, np.int64)
         place[left], place[free] = np.arange(left.size), np.arange(left.size, n)
         moved[stream] = place[root]
-        for to, x in zip(_arrays(result), _arrays(found), strict=True):
+        for to, x in zip(result.arrays(), found.arrays(), strict=True):
             if to is not None:
                 to[stream, : left.size] = x
                 to[stream, left.size :] = 0
     return result, moved
-
-
-def _arrays(means: Means) -> tuple[NDArray[Any] | None, ...]:
-    return means.keys, means.values, means.counts, means.spread, means.importance, means.leaders
 
 
 @dataclass
@@ -90,7 +86,7 @@ def _nearest(means: Means, metric: Floats | None, value_scale: Any, room: Floats
     wild = not float(half.max()) < largest / 4
     w = means.importance
     some = bool((w > 0).all())
-    partner, cost = np.empty(n, np.int64), np.empty(n, dtype)
+    partner = np.empty(n, np.int64)
     factors, totals = (np.empty((min(n, _ROWS), n), dtype) for _ in range(2))
     for start in range(0, n, _ROWS):
         part = slice(start, min(n, start + _ROWS))
@@ -110,8 +106,7 @@ def _nearest(means: Means, metric: Floats | None, value_scale: Any, room: Floats
         block *= factor
         np.fill_diagonal(block[:, start:], np.inf)
         partner[part] = block.argmin(axis=-1)
-    cost = costs[np.arange(n), partner]
-    return _Nearest(costs, partner, cost)
+    return _Nearest(costs, partner, costs[np.arange(n), partner])
 
 
 def _points(means: Means, metric: Floats | None, value_scale: Any) -> Floats:

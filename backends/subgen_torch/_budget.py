@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from subgen import AttentionSketch
-from subgen._checks import check_choice, check_integer, check_real, check_seed
+from subgen._checks import check_choice, check_integer, check_ratio, check_seed
+from subgen.budget import Fixed
 from subgen.means import ClusterMeans, Storage
 
 if TYPE_CHECKING:
@@ -53,12 +54,9 @@ class Budget:
                 )
             if self.storage == "int8":
                 # As many as fit into the bytes of those pairs.
-                method = cast("ClusterMeans", self._sketch(1, window, scale).method)
+                method = ClusterMeans(Fixed(1), window=window, sink=self.sink, storage=self.storage)
                 held = method.footprint(keys.flatten(0, -3), values.flatten(0, -3))
                 clusters = max(clusters, (pairs * held.pair - held.fixed) // held.cluster)
-        return self._sketch(clusters, window, scale)
-
-    def _sketch(self, clusters: int, window: int, scale: float) -> AttentionSketch:
         # A model's NaN passes, as it does with every cache: looking for it would wait for the device at each token.
         return AttentionSketch(
             clusters,
@@ -94,15 +92,8 @@ def budgets(
     if compression_ratio is None:
         clusters = [check_integer("max_clusters", x) for x in _each("max_clusters", max_clusters, layers)]
         return [Budget(x, None, window, sink, seed, storage) for x in clusters]
-    ratios = [_check_ratio(x) for x in _each("compression_ratio", compression_ratio, layers)]
+    ratios = [check_ratio(x) for x in _each("compression_ratio", compression_ratio, layers)]
     return [Budget(None, x, window, sink, seed, storage) for x in ratios]
-
-
-def _check_ratio(value: Any) -> float:
-    ratio = check_real("compression_ratio", value, minimum=0.0, maximum=1.0)
-    if ratio == 1.0:
-        raise ValueError("compression_ratio is the share of pairs removed: 1 would leave nothing, pass less than 1")
-    return ratio
 
 
 def _each(name: str, value: Any, layers: int) -> list[Any]:

@@ -94,7 +94,7 @@ class Lanes:
         self._lanes: list[_Lane] = []
 
     def copy(self) -> Lanes:
-        """Return a copy that later tokens do not change; the arrays are shared, as none is ever written to."""
+        """Return a copy that later tokens do not change; the arrays are shared, as what a state holds never changes."""
         other = Lanes(self._make)
         other._lanes = [replace(lane, sketch=copy.copy(lane.sketch)) for lane in self._lanes]
         return other

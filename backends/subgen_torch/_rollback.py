@@ -1,8 +1,8 @@
 """The last tokens, kept so that they can be taken back: speculative decoding drafts tokens and rejects some.
 
-States of a sketch are never written to, so that remembering one costs nothing but its memory. Taking tokens back means
-going to the state before them and absorbing again those that stay; the result is the same, as a sketch does not depend
-on how its stream was cut.
+What a state of a sketch holds never changes, so that remembering one costs nothing but its memory. Taking tokens back
+means going to the state before them and absorbing again those that stay; the result is the same, as a sketch does not
+depend on how its stream was cut.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ __all__ = [
     "array_namespace",
     "chunks",
     "compute_dtype",
+    "dtype_name",
     "itemsize",
     "library_name",
     "nbytes",
@@ -62,6 +63,11 @@ def compute_dtype(x: Array) -> Any:
     """Return the dtype to compute in: float64 for float64 input, float32 for anything narrower."""
     xp = array_namespace(x)
     return xp.float64 if x.dtype == xp.float64 else xp.float32
+
+
+def dtype_name(dtype: object) -> str:
+    """Name of a dtype of any library: ``"bfloat16"`` for torch's and for ml_dtypes'."""
+    return str(getattr(dtype, "name", dtype)).split(".")[-1]
 
 
 def positions(n: int, like: Array) -> Array:

@@ -16,6 +16,7 @@ __all__ = [
     "check_flag",
     "check_groups",
     "check_integer",
+    "check_ratio",
     "check_real",
     "check_scale",
     "check_seed",
@@ -51,6 +52,16 @@ def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int | Non
 def check_seed(seed: Any) -> int:
     """Return a seed in ``[0, 2**64)``."""
     return check_integer("seed", seed, minimum=0, maximum=2**64 - 1)
+
+
+def check_ratio(value: Any) -> float:
+    """Return a compression ratio, the share to remove: 0 or more, and below 1."""
+    ratio = check_real("compression_ratio", value, minimum=0.0, maximum=1.0)
+    if ratio == 1.0:
+        raise ValueError(
+            f"compression_ratio is the share of the cache to remove, below 1, which would leave nothing: got {value!r}"
+        )
+    return ratio
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

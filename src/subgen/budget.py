@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from ._checks import check_integer, check_real
+from ._checks import check_integer, check_ratio, check_real
 
 __all__ = ["Budget", "Bytes", "Fixed", "Footprint", "Power", "Share", "check_budget"]
 
@@ -150,10 +150,7 @@ def check_budget(
     if max_bytes is not None:
         return Bytes(check_integer("max_bytes", max_bytes))
     if compression_ratio is not None:
-        ratio = check_real("compression_ratio", compression_ratio, minimum=0.0, maximum=1.0)
-        if ratio == 1.0:
-            raise ValueError("compression_ratio is the share of the cache to remove, below 1: got 1.0")
-        return Share(ratio)
+        return Share(check_ratio(compression_ratio))
     if isinstance(max_clusters, Power):
         return max_clusters
     if max_clusters is not None:

@@ -95,19 +95,16 @@ def eight_bit_sketch(prefix: Prefix, budget: int, rng: np.random.Generator) -> _
 
 def _stream(prefix: Prefix, budget: Budget, storage: Storage, rng: np.random.Generator) -> _Streamed:
     method = ClusterMeans(
-        budget=budget,
-        delta=None,
+        budget,
         window=check_integer("window", prefix.window, minimum=2),
         sink=prefix.sinks,
         scale=prefix.scale,
         storage=storage,
-        residual_samples=0,
         seed=int(rng.integers(2**32)),
     )
     ops = operations_for(prefix.keys)
     heads = np.arange(prefix.streams)
-    rows = prefix.queries.astype(np.float32) * np.float32(prefix.scale)
-    rows = rows.reshape(prefix.streams, -1, *rows.shape[-2:])
+    rows = prefix.last_queries(prefix.n)
     state = method.init(prefix.keys, prefix.values)
     for part in chunks(prefix.keys.shape[1], _BLOCK):
         keys, values = prefix.keys[:, part], prefix.values[:, part]

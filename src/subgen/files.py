@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Capture", "FileError", "read_capture", "sample", "write_arrays"]
+__all__ = ["Capture", "FileError", "from_bfloat16", "read_capture", "sample", "write_arrays"]
 
 _HELP = (
     "expected an .npz or .safetensors file with floating arrays q, k and v, each of shape "
@@ -135,9 +135,13 @@ def _read_bfloat16(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
         if entry["dtype"] != "BF16":
             raise FileError(f"{path}: {name} has dtype {entry['dtype']} and another BF16; store one dtype")
         begin, end = entry["data_offsets"]
-        words = np.frombuffer(data[begin:end], dtype="<u2").astype(np.uint32) << 16
-        arrays[name] = words.view(np.float32).reshape(entry["shape"])
+        arrays[name] = from_bfloat16(np.frombuffer(data[begin:end], dtype="<u2")).reshape(entry["shape"])
     return arrays
+
+
+def from_bfloat16(words: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return the float32 whose upper halves are these bits."""
+    return (words.astype(np.uint32) << 16).view(np.float32)
 
 
 def _wanted(path: Path, found: list[str]) -> list[str]:

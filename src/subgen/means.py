@@ -20,7 +20,7 @@ the state does not depend on how calls were cut.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
@@ -32,7 +32,7 @@ from .leaders import join_leaders
 from .merging import Means, bands, join, n_live
 from .metric import isotropic_moment, second_moment, unusualness
 from .residual import Residual, correct, empty_residual, sample_tokens
-from .rounding import Codes, dequantize, dither, quantize, round_to
+from .rounding import Codes, Dither, dequantize, dither, quantize, round_to
 from .tail import Tail
 from .weighted import join_rows, merge_attention
 
@@ -128,13 +128,14 @@ class ClusterMeans:
     """
 
     budget: Budget | None
-    delta: float | None
+    _: KW_ONLY
     window: int
     sink: int
-    scale: float | None
-    storage: Storage
-    residual_samples: int
-    seed: int
+    delta: float | None = None
+    scale: float | None = None
+    storage: Storage = "input"
+    residual_samples: int = 0
+    seed: int = 0
 
     @property
     def block(self) -> int:
@@ -283,9 +284,7 @@ class ClusterMeans:
             asked = asked + (rows is not None,) * (size - skip)
             if rows is not None:
                 mine = rows[:, :, start + skip : part.stop, :]
-                turn = (positions(size - skip, keys) + (state.n_seen + skip)) % rows.shape[1]
-                mine = mine[:, 0, :, :] if rows.shape[1] == 1 else _turns(mine, turn)
-                codes = quantize(mine, state.queries.scales.dtype)
+                codes = quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
                 queries = Codes(
                     ops.write(queries.codes, filled + skip - self.sink, codes.codes),
                     ops.write(queries.scales, filled + skip - self.sink, codes.scales),
@@ -304,7 +303,7 @@ class ClusterMeans:
     def _absorb(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
         """Move the oldest half of a full window into the clusters."""
         xp = array_namespace(state.keys)
-        dtype, wide = state.keys.dtype, compute_dtype(state.keys)
+        wide = compute_dtype(state.keys)
         first = state.n_means + self.sink
         leaves = slice(first, first + self.block)
         window_keys = xp.astype(state.keys[:, first:, :], wide, copy=False)
@@ -335,11 +334,9 @@ class ClusterMeans:
         else:
             pool, joined = join_leaders(held, leaving, self.delta, ops)
         places = int(pool.counts.shape[1])
-        most = (
-            places
-            if self.budget is None
-            else self.budget.clusters(state.n_seen, self.footprint(state.keys, state.values))
-        )
+        most = places
+        if self.budget is not None:
+            most = self.budget.clusters(state.n_seen, self.footprint(state.keys, state.values))
         merged, moved = ops.merge_closest(pool, metric, _value_scale(window_values), most, min(places, most))
         residual = state.residual
         if residual is not None:
@@ -348,50 +345,46 @@ class ClusterMeans:
             residual = sample_tokens(
                 residual, state.keys[:, leaves, :], state.values[:, leaves, :], joined, moved, offered, key, ops
             )
-        return self._rebuild(replace(state, residual=residual), merged, dtype, ops)
+        return self._rebuild(replace(state, residual=residual), merged, ops)
 
-    def _rebuild(self, state: MeansState, means: Means, dtype: object, ops: Operations) -> MeansState:
+    def _rebuild(self, state: MeansState, means: Means, ops: Operations) -> MeansState:
         """Put new clusters in front, and close the gap that the tokens left."""
         xp = array_namespace(state.keys)
+        dtype = state.keys.dtype
         if self.delta is not None:
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.each(lambda x: x[:, :room, ...])
-        number, first = state.n_seen, state.n_means + self.sink
+
+        def dithered(purpose: int) -> Dither:
+            return dither(self.seed, purpose, state.n_seen, ops)
+
+        def moved_up(x: Array, first: int, front: Array) -> Array:
+            """Take the leaving tokens out from ``first`` on, leave as much room at the end, and put a front before."""
+            gap = xp.zeros_like(x[:, : self.block, ...])
+            return xp.concat([front, x[:, :first, ...], x[:, first + self.block :, ...], gap], axis=1)
+
         key_codes, value_codes = state.key_codes, state.value_codes
         if self.storage == "int8":
-            key_codes = quantize(means.keys, dtype, dither(self.seed, _KEYS, number, ops))
-            value_codes = quantize(means.values, dtype, dither(self.seed, _VALUES, number, ops))
-            fronts: list[list[Array]] = [[], []]
+            key_codes = quantize(means.keys, dtype, dithered(_KEYS))
+            value_codes = quantize(means.values, dtype, dithered(_VALUES))
+            keys, values = state.keys[:, :0, :], state.values[:, :0, :]
         else:
-            fronts = [
-                [round_to(means.keys, dtype, dither(self.seed, _KEYS, number, ops))],
-                [round_to(means.values, dtype, dither(self.seed, _VALUES, number, ops))],
-            ]
-
-        def shifted(x: Array, front: list[Array], kept: int) -> Array:
-            """Take the leaving tokens out from before the rest, and leave as much room at the end."""
-            gap = xp.zeros_like(x[:, : self.block, ...])
-            return xp.concat([*front, x[:, kept:first, ...], x[:, first + self.block :, ...], gap], axis=1)
-
+            keys = round_to(means.keys, dtype, dithered(_KEYS))
+            values = round_to(means.values, dtype, dithered(_VALUES))
         n_exact = state.n_exact - self.block
-        queries = Codes(
-            *(
-                xp.concat([x[:, self.block :, ...], xp.zeros_like(x[:, : self.block, ...])], axis=1)
-                for x in (state.queries.codes, state.queries.scales)
-            )
-        )
+        codes, scales = state.queries.codes, state.queries.scales
         return replace(
             state,
-            keys=shifted(state.keys, fronts[0], state.n_means),
-            values=shifted(state.values, fronts[1], state.n_means),
+            keys=moved_up(state.keys[:, state.n_means :, :], self.sink, keys),
+            values=moved_up(state.values[:, state.n_means :, :], self.sink, values),
             n_exact=n_exact,
             counts=means.counts,
-            spread=round_to(means.spread, dtype, dither(self.seed, _SPREAD, number, ops)),
-            importance=round_to(means.importance, dtype, dither(self.seed, _IMPORTANCE, number, ops)),
+            spread=round_to(means.spread, dtype, dithered(_SPREAD)),
+            importance=round_to(means.importance, dtype, dithered(_IMPORTANCE)),
             key_codes=key_codes,
             value_codes=value_codes,
             leaders=means.leaders,
-            queries=queries,
+            queries=Codes(moved_up(codes, 0, codes[:, :0, ...]), moved_up(scales, 0, scales[:, :0, ...])),
             asked=state.asked[self.block :],
             tail=Tail(n_exact),
         )
@@ -441,9 +434,13 @@ def _own_copy(state: MeansState) -> MeansState:
     )
 
 
-def _turns(rows: Array, turn: Array) -> Array:
+def _turns(rows: Array, first: int) -> Array:
     """Take one head of the group for each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
     xp = array_namespace(rows)
+    _, group, n, _ = rows.shape
+    if group == 1:
+        return rows[:, 0, :, :]
+    turn = (positions(n, rows) + first) % group
     return xp.take_along_axis(rows, turn[None, None, :, None], axis=1)[:, 0, :, :]
 
 

@@ -42,14 +42,15 @@ class Means:
 
     def each(self, function: Callable[[Array], Array]) -> Means:
         """Apply a function to every array."""
-        return Means(*(None if x is None else function(x) for x in self._arrays()))
+        return Means(*(None if x is None else function(x) for x in self.arrays()))
 
     def with_each(self, other: Means, function: Callable[[Array, Array], Array]) -> Means:
         """Apply a function to every array and that of another."""
-        pairs = zip(self._arrays(), other._arrays(), strict=True)
+        pairs = zip(self.arrays(), other.arrays(), strict=True)
         return Means(*(None if a is None else function(a, b) for a, b in pairs))
 
-    def _arrays(self) -> tuple[Array, ...]:
+    def arrays(self) -> tuple[Array | None, ...]:
+        """Return the arrays, in the order of the fields."""
         return self.keys, self.values, self.counts, self.spread, self.importance, self.leaders
 
 

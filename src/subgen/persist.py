@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._array import Array, array_namespace, library_name
+from ._array import Array, array_namespace, dtype_name, library_name
 from .budget import Bytes, Fixed, Power, Share
-from .files import FileError
+from .files import FileError, from_bfloat16
 from .means import ClusterMeans, MeansState
 from .paper import Paper
 from .sketch import AttentionSketch, Layout
@@ -53,7 +53,7 @@ def save(sketch: AttentionSketch, path: str | Path) -> None:
             "leading": list(layout.leading),
             "head_dim": layout.head_dim,
             "value_dim": layout.value_dim,
-            "dtype": _dtype_name(layout.example.dtype),
+            "dtype": dtype_name(layout.example.dtype),
         }
         _flatten(state, "", tensors, plain)
     config["plain"] = plain
@@ -224,7 +224,7 @@ def _restore(config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Arr
             raise FileError("holds bfloat16, which NumPy has no dtype for: pass like=, for example a torch tensor")
         like = np.zeros((), dtype=saved)
     xp = array_namespace(like)
-    same = _dtype_name(like.dtype) == saved
+    same = dtype_name(like.dtype) == saved
     leading = tuple(int(x) for x in described["leading"])
     head_dim, value_dim = int(described["head_dim"]), int(described["value_dim"])
     empty = xp.zeros((*leading, 0, head_dim), dtype=like.dtype, device=like.device)
@@ -274,7 +274,7 @@ def _unflatten(template: Any, prefix: str, tensors: dict[str, NDArray[Any]], pla
 def _to_numpy(x: Array) -> NDArray[Any]:
     """Bring an array home; bfloat16 as its bits."""
     xp = array_namespace(x)
-    bits = _dtype_name(x.dtype) == "bfloat16"
+    bits = dtype_name(x.dtype) == "bfloat16"
     if bits:
         x = xp.astype(x, xp.float32)
     name = library_name(xp)
@@ -292,11 +292,11 @@ def _from_numpy(name: str, x: NDArray[Any], template: Array, same: bool) -> Arra
     """Give an array the library, device and dtype of the empty one that stands in its place."""
     xp = array_namespace(template)
     if x.dtype == np.uint16:
-        x = (x.astype(np.uint32) << 16).view(np.float32)
-        floating, fits = True, not same or _dtype_name(template.dtype) == "bfloat16"
+        x = from_bfloat16(x)
+        floating, fits = True, not same or dtype_name(template.dtype) == "bfloat16"
     else:
         floating = x.dtype.kind == "f"
-        fits = x.dtype.name == _dtype_name(template.dtype) or (not same and floating)
+        fits = x.dtype.name == dtype_name(template.dtype) or (not same and floating)
     if floating != bool(xp.isdtype(template.dtype, "real floating")) or not fits:
         raise FileError(f"{name} is {x.dtype}, expected {template.dtype}")
     if x.ndim != template.ndim or x.shape[:1] != template.shape[:1] or x.shape[2:] != tuple(template.shape[2:]):
@@ -348,8 +348,3 @@ def _check_state(state: Any, sketch: AttentionSketch) -> None:
         slots = {x.shape[1] for x in (state.residual.keys, state.residual.values, state.residual.due, place)}
         need(slots == {method.residual_samples}, "slots of the sample")
         need(bool((place >= 0).all() and (place < max(1, counts.shape[1])).all()), "clusters of the sample")
-
-
-def _dtype_name(dtype: Any) -> str:
-    """Name of a dtype, whatever the library: ``"float16"``."""
-    return str(np.dtype(dtype)) if isinstance(dtype, (type, np.dtype)) else str(dtype).split(".")[-1]

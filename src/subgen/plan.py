@@ -255,8 +255,7 @@ def plan(
     clusters_at_n = None if enough is None else max(1, math.ceil(enough * max(1.0, n / length) ** exponent))
     nbytes = 0
     if clusters_at_n is not None:
-        sketch = ClusterMeans(Fixed(clusters_at_n), None, window, sink, factor, "input", 0, seed)
-        footprint = sketch.footprint(keys, values)
+        footprint = ClusterMeans(Fixed(clusters_at_n), window=window, sink=sink).footprint(keys, values)
         nbytes = streams * (footprint.fixed + clusters_at_n * footprint.cluster)
     return Plan(
         eps=eps,
@@ -278,12 +277,12 @@ def _theorem_size(
     eps: float, keys: NDArray[Any], clusters: int, query_norm: float, value_dim: int
 ) -> tuple[int, float, float, float]:
     delta = delta_for_clusters(keys, clusters)
-    value_samples = float(sample_sizes(eps, delta=0.0, query_norm=0.0, value_dim=value_dim).value_samples)
     try:
         sizes = sample_sizes(eps, delta=delta, query_norm=query_norm, value_dim=value_dim)
-        return clusters, delta, float(sizes.samples_per_cluster), value_samples
-    except OverflowError:
-        return clusters, delta, math.inf, value_samples
+        samples = float(sizes.samples_per_cluster)
+    except OverflowError:  # s does not depend on the radius
+        sizes, samples = sample_sizes(eps, delta=0.0, query_norm=0.0, value_dim=value_dim), math.inf
+    return clusters, delta, samples, float(sizes.value_samples)
 
 
 def _paper_bytes(size: tuple[int, float, float, float], keys: NDArray[Any], values: NDArray[Any]) -> float:

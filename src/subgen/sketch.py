@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ._array import Array, array_namespace, compute_dtype, nbytes, positions
@@ -58,6 +59,7 @@ class Layout:
         xp = array_namespace(x)
         return xp.reshape(x, (self.streams, *x.shape[-2:]))
 
+    @cached_property
     def heads(self) -> Array:
         """Index of each stream along the axis before the tokens: rows of a batch share their draws."""
         return positions(self.streams, self.example) % self.kv_heads
@@ -330,7 +332,7 @@ class AttentionSketch:
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
         rows = None if queries is None else self._rows(queries, layout)
-        state = self._method.update(state, k, v, rows, layout.heads(), ops)
+        state = self._method.update(state, k, v, rows, layout.heads, ops)
         self._layout, self._state = layout, state
 
     @overload
@@ -427,7 +429,7 @@ class AttentionSketch:
         ops = operations_for(keys)
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
-        state, output = self._method.step(state, self._rows(queries, layout), k, v, layout.heads(), ops)
+        state, output = self._method.step(state, self._rows(queries, layout), k, v, layout.heads, ops)
         output = _narrow(unfold_groups(output, queries.shape), queries)
         self._layout, self._state = layout, state
         return output

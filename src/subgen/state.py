@@ -1,7 +1,7 @@
 """What a sketch remembers: frozen dataclasses of arrays, nothing else.
 
-Every array has a first axis of independent streams. Functions take a state and give a new one; no array in a state
-is ever written to, so states can be kept, shared and compared.
+Every array has a first axis of independent streams. Functions take a state and give a new one; what a state holds never
+changes, so states can be kept, shared and compared (`subgen.tail` says how room behind it is written all the same).
 """
 
 from __future__ import annotations
