@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import subgen_numpy._merging
 from libraries import LIBRARIES, to_numpy
 
 import subgen
@@ -124,6 +125,34 @@ def test_an_entry_point_must_give_a_backend(monkeypatch: pytest.MonkeyPatch) -> 
         backends.get("numpy")
 
 
+@pytest.fixture(params=["compiled", "numpy"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging on the CPU with the loops that numba compiles, and with NumPy's."""
+    if request.param == "numpy":
+        monkeypatch.setattr(subgen_numpy._merging, "compiled", lambda: None)
+    elif subgen_numpy._merging.compiled() is None:
+        pytest.skip("numba is not installed")
+
+
+@pytest.mark.skipif(subgen_numpy._merging.compiled() is None, reason="numba is not installed")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize(("max_clusters", "window"), [(150, 64), (37, 11)])
+def test_compiled_loops_give_the_same_bits(
+    dtype: type, max_clusters: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k, v, q = (np.random.default_rng(seed).normal(size=(3, 700, 16)).astype(dtype) for seed in range(3))
+    k[:, 300:400] = k[:, 300:301]  # ties
+    states = []
+    for compiled in (subgen_numpy._merging.compiled, lambda: None):
+        monkeypatch.setattr(subgen_numpy._merging, "compiled", compiled)
+        sketch = subgen.AttentionSketch(max_clusters, window=window)
+        sketch.update(k, v, q)
+        states.append(sketch.state)
+    for name in ("keys", "values", "counts", "spread", "importance"):
+        np.testing.assert_array_equal(getattr(states[0], name), getattr(states[1], name), err_msg=name)
+
+
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("backend", replacing("merge_closest"), ids=lambda b: b.name)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(("free", "most"), [(0, 20), (5, 13), (5, 3), (0, 40)])
@@ -166,6 +195,7 @@ def test_merging_decides_as_the_portable_code_on_integers(
             np.testing.assert_allclose(mine[live], theirs[live], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("backend", replacing("merge_closest"), ids=lambda b: b.name)
 @pytest.mark.parametrize("metric", [0.0, 1.0, np.inf])
 def test_merging_ends_whatever_the_numbers(backend: Backend, metric: float) -> None:

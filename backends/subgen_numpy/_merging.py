@@ -1,12 +1,16 @@
 """Merging closest pairs: a stream at a time, so that the costs of its pairs stay in the cache.
 
 The same pairs as `subgen.merging`, with less work: one symmetric product gives all costs, they are written over it,
-each row's cheapest partner is looked for once, and only the pairs that merge are touched.
+each row's cheapest partner is looked for once, and only the pairs that merge are touched. Where numba is installed, the
+loops over pairs are compiled, with the same results to the last bit.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,8 @@ Integers = NDArray[np.int64]
 
 # Rows of costs worked on at once: with their factors they fit a cache of half a megabyte.
 _ROWS = 48
+# Neighbours among which the cheapest partner of a cluster is remembered.
+_SPAN = 64
 
 
 def merge_closest(
@@ -31,15 +37,16 @@ def merge_closest(
     places = min(places, n)
     result = means.each(lambda x: np.empty((streams, places, *x.shape[2:]), x.dtype))
     moved = np.empty((streams, n), np.int64)
-    room: Floats = np.empty((0, 0), means.keys.dtype)
+    room: Floats = np.empty(0, means.keys.dtype)
     for stream in range(streams):
         own = means.each(lambda x, stream=stream: x[stream])  # type: ignore[misc]
         left = np.flatnonzero(own.counts > 0)
         root = np.arange(n)  # the cluster that each became part of
         found = own if left.size == n else own.each(lambda x, left=left: x[left])  # type: ignore[misc]
         while left.size > most:
-            if room.shape[0] < left.size:
-                room = np.empty((left.size, left.size), means.keys.dtype)
+            size = left.size * _spans(left.size) * _SPAN
+            if room.size < size:
+                room = np.empty(size, means.keys.dtype)
             nearest = _nearest(
                 found, None if metric is None else metric[stream % metric.shape[0]], value_scale[stream], room
             )
@@ -63,37 +70,61 @@ def merge_closest(
     return result, moved
 
 
+@cache
+def compiled() -> ModuleType | None:
+    """Return the compiled loops, or None where numba is missing, too old or new for NumPy, or has no place to cache."""
+    try:
+        return importlib.import_module("subgen_numpy._compiled")
+    except (ImportError, RuntimeError):
+        return None
+
+
 @dataclass
 class _Nearest:
-    """The costs of all pairs of a stream, and the cheapest partner of each."""
+    """The costs of all pairs of a stream, and the cheapest partner of each in each span of neighbours.
+
+    Attributes
+    ----------
+    costs : array, shape (n, spans, _SPAN)
+        Infinite where there is no cluster.
+    place, least : integer array and array, shape (n, spans)
+        Place of the cheapest within the span, and its cost.
+    """
 
     costs: Floats
-    partner: Integers
-    cost: Floats
+    place: NDArray[np.integer[Any]]
+    least: Floats
 
 
 def _nearest(means: Means, metric: Floats | None, value_scale: Any, room: Floats) -> _Nearest:
     """Half of `subgen.merging.ward_costs` of a stream without free places, in the room given."""
     n = means.counts.shape[0]
+    spans = _spans(n)
     dtype = means.keys.dtype
     points = _points(means, metric, value_scale)
-    costs = room.reshape(-1)[: n * n].reshape(n, n)
+    costs = room[: n * spans * _SPAN].reshape(n, spans, _SPAN)
+    pairs = costs.reshape(n, -1)[:, :n]
     # The product of a matrix and its own transpose: BLAS computes one half, and the result is exactly symmetric.
-    np.matmul(points, points.T, out=costs)
-    half = costs.diagonal() * dtype.type(0.5)
+    np.matmul(points, points.T, out=pairs)
+    costs.reshape(n, -1)[:, n:] = np.inf
+    half = pairs.diagonal() * dtype.type(0.5)
     largest = float(np.finfo(dtype).max) ** 0.5
     # What may overflow, or has: costs are kept finite, so that any two clusters can merge.
     wild = not float(half.max()) < largest / 4
     w = means.importance
     some = bool((w > 0).all())
-    partner = np.empty(n, np.int64)
-    factors, totals = (np.empty((min(n, _ROWS), n), dtype) for _ in range(2))
+    loops = compiled()
+    if loops is not None and some and not wild:
+        place, least = np.empty((spans, n), np.int32), np.empty((spans, n), dtype)
+        loops.costs_and_nearest(costs, half, w, place, least)
+        return _Nearest(costs, np.ascontiguousarray(place.T), np.ascontiguousarray(least.T))
+    places, factors, totals = np.empty((n, spans), np.intp), *(np.empty((min(n, _ROWS), n), dtype) for _ in range(2))
     for start in range(0, n, _ROWS):
         part = slice(start, min(n, start + _ROWS))
-        block = costs[part]
+        block = pairs[part]
         factor, total = factors[: block.shape[0]], totals[: block.shape[0]]
-        np.subtract(half[part, None], block, out=block)
-        block += half
+        np.add(half[part, None], half, out=total)
+        np.subtract(total, block, out=block)
         if wild:
             np.nan_to_num(block, copy=False, nan=0.0, posinf=largest, neginf=0.0)
             np.minimum(block, largest / 2, out=block)
@@ -105,8 +136,8 @@ def _nearest(means: Means, metric: Floats | None, value_scale: Any, room: Floats
         factor /= total
         block *= factor
         np.fill_diagonal(block[:, start:], np.inf)
-        partner[part] = block.argmin(axis=-1)
-    return _Nearest(costs, partner, costs[np.arange(n), partner])
+        costs[part].argmin(axis=-1, out=places[part])
+    return _Nearest(costs, places, np.take_along_axis(costs, places[:, :, None], axis=2)[:, :, 0])
 
 
 def _points(means: Means, metric: Floats | None, value_scale: Any) -> Floats:
@@ -142,10 +173,16 @@ def _root(metric: Floats) -> Floats:
 
 def _match(nearest: _Nearest, surplus: int) -> tuple[Integers, Integers]:
     """Choose disjoint pairs, as `subgen.merging` does: rounds of mutual nearest, the cheapest first."""
-    costs, partner, cost = nearest.costs, nearest.partner, nearest.cost
-    n = partner.size
+    costs, place, least = nearest.costs, nearest.place, nearest.least
+    loops = compiled()
+    if loops is not None:
+        pairs: tuple[Integers, Integers] = loops.match(costs, place, least, surplus)
+        return pairs
+    n, spans, _ = costs.shape
     index = np.arange(n)
-    taken, penalty = np.zeros(n, bool), np.zeros(n, costs.dtype)
+    span = least.argmin(axis=-1)
+    partner, cost = span * _SPAN + place[index, span], least[index, span]
+    taken, penalty = np.zeros(n, bool), np.zeros((spans, _SPAN), costs.dtype)
     firsts, seconds = [], []
     while surplus > 0:
         first = np.flatnonzero((partner[partner] == index) & (index < partner) & (cost < np.inf))
@@ -159,17 +196,26 @@ def _match(nearest: _Nearest, surplus: int) -> tuple[Integers, Integers]:
         surplus -= first.size
         if surplus <= 0:
             break
-        taken[first] = taken[second] = True
-        cost[taken] = penalty[taken] = np.inf
-        # The nearest of all others is still there, and still their nearest.
+        for gone in (first, second):
+            taken[gone] = True
+            cost[gone] = penalty.reshape(-1)[gone] = np.inf
+        # The nearest of all others is still there, and still their nearest. Only its span is searched again: a span
+        # whose cheapest has gone holds none that is cheaper.
         stale = np.flatnonzero(taken[partner] & ~taken)
-        for start in range(0, stale.size, _ROWS):
-            some = stale[start : start + _ROWS]
-            rows = costs[some]
-            rows += penalty
-            partner[some] = rows.argmin(axis=-1)
-        cost[stale] = costs[stale, partner[stale]] + penalty[partner[stale]]
+        while stale.size:
+            span = partner[stale] // _SPAN
+            rows = costs[stale, span]
+            rows += penalty[span]
+            place[stale, span] = where = rows.argmin(axis=-1)
+            least[stale, span] = rows[np.arange(stale.size), where]
+            span = least[stale].argmin(axis=-1)
+            partner[stale], cost[stale] = span * _SPAN + place[stale, span], least[stale, span]
+            stale = stale[taken[partner[stale]] & (cost[stale] < np.inf)]
     return np.concatenate(firsts), np.concatenate(seconds)
+
+
+def _spans(n: int) -> int:
+    return -(-n // _SPAN)
 
 
 def _merge(means: Means, first: Integers, second: Integers, stays: Integers) -> Means:
