@@ -438,8 +438,8 @@ def _turns(rows: Array, first: int) -> Array:
     """Take one head of the group for each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
     xp = array_namespace(rows)
     _, group, n, _ = rows.shape
-    if group == 1:
-        return rows[:, 0, :, :]
+    if group == 1 or n == 1:  # a single token takes a slice, without a gather
+        return rows[:, first % group, :, :]
     turn = (positions(n, rows) + first) % group
     return xp.take_along_axis(rows, turn[None, None, :, None], axis=1)[:, 0, :, :]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._array import Array, array_namespace
+from ._array import Array, array_namespace, clip
 
 __all__ = ["isotropic_moment", "second_moment", "unusualness"]
 
@@ -45,7 +45,7 @@ def unusualness(keys: Array, held: Array, counts: Array) -> Array:
     mean = total / (keys.shape[1] + xp.sum(counts, axis=1, keepdims=True))
     told = mean > _LEAST_ANGLE
     ratio = xp.where(told, away / xp.where(told, mean, xp.ones_like(mean)), xp.ones_like(away))
-    return xp.clip(ratio, min=0.3, max=5.0) ** 4
+    return clip(ratio, 0.3, 5.0) ** 4
 
 
 def _directions(x: Array) -> Array:

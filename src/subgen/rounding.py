@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, clip, positions
 from .backends import Operations
 from .counter import DRAW_BITS, draws, stream_key
 
@@ -67,9 +67,9 @@ def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
     exponent = xp.floor(xp.log2(xp.where(magnitude > smallest, magnitude, xp.full_like(magnitude, smallest))))
     unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * float(info.eps)
     largest = float(info.max)
-    nearest = xp.astype(xp.clip(x, -largest, largest), dtype)
+    nearest = xp.astype(clip(x, -largest, largest), dtype)
     exact = xp.astype(nearest, x.dtype) == x
-    dithered = xp.astype(xp.clip(x + (u - 0.5) * unit, -largest, largest), dtype)
+    dithered = xp.astype(clip(x + (u - 0.5) * unit, -largest, largest), dtype)
     return xp.where(exact, nearest, dithered)
 
 
@@ -117,8 +117,8 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
     if uniform is not None:
         rounded = xp.where(xp.abs(codes - nearest) < _SNAP, nearest, xp.floor(codes + uniform(codes)))
     # The largest keeps its code, and with it the scale of the next rounding.
-    rounded = xp.where(magnitude == peak, xp.sign(x) * 127.0, rounded)
-    rounded = xp.where(step > 0, xp.clip(rounded, -127.0, 127.0), xp.zeros_like(rounded))
+    rounded = xp.where(magnitude == peak, xp.copysign(xp.full_like(x, 127.0), x), rounded)
+    rounded = xp.where(step > 0, clip(rounded, -127.0, 127.0), xp.zeros_like(rounded))
     return Codes(xp.astype(rounded, xp.int8), scales[:, :, 0])
 
 
