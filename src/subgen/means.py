@@ -311,10 +311,11 @@ class ClusterMeans:
         tokens = window_keys[:, : self.block, :]
         held = self._means(state, wide)
         if any(state.asked):
-            asked = xp.asarray(list(state.asked), dtype=xp.bool, device=tokens.device)
             rows = dequantize(state.queries, wide)
-            rows = xp.where(asked[None, :, None], rows, xp.zeros_like(rows))
-            metric = second_moment(rows, asked)
+            if not all(state.asked):
+                asked = xp.asarray(list(state.asked), dtype=xp.bool, device=tokens.device)
+                rows = xp.where(asked[None, :, None], rows, xp.zeros_like(rows))
+            metric = second_moment(rows, sum(state.asked))
         else:
             metric = isotropic_moment(window_keys, self.scale)
         unusual = unusualness(window_keys, held.keys, xp.astype(held.counts, wide))
@@ -345,9 +346,9 @@ class ClusterMeans:
             residual = sample_tokens(
                 residual, state.keys[:, leaves, :], state.values[:, leaves, :], joined, moved, offered, key, ops
             )
-        return self._rebuild(replace(state, residual=residual), merged, ops)
+        return self._rebuild(replace(state, residual=residual), merged)
 
-    def _rebuild(self, state: MeansState, means: Means, ops: Operations) -> MeansState:
+    def _rebuild(self, state: MeansState, means: Means) -> MeansState:
         """Put new clusters in front, and close the gap that the tokens left."""
         xp = array_namespace(state.keys)
         dtype = state.keys.dtype
@@ -356,7 +357,7 @@ class ClusterMeans:
             means = means.each(lambda x: x[:, :room, ...])
 
         def dithered(purpose: int) -> Dither:
-            return dither(self.seed, purpose, state.n_seen, ops)
+            return dither(self.seed, purpose, state.n_seen)
 
         def moved_up(x: Array, first: int, front: Array) -> Array:
             """Take the leaving tokens out from ``first`` on, leave as much room at the end, and put a front before."""

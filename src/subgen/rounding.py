@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ._array import Array, array_namespace, clip, positions
-from .backends import Operations
 from .counter import DRAW_BITS, draws, stream_key
 
 __all__ = ["Codes", "Dither", "dequantize", "dither", "quantize", "round_to"]
@@ -25,15 +24,14 @@ _SNAP = 2.0**-10
 Dither = Callable[[Array], Array]
 
 
-def dither(seed: int, purpose: int, number: int, ops: Operations) -> Dither:
+def dither(seed: int, purpose: int, number: int) -> Dither:
     """Draw the dither of one rounding: a function of its arguments, shared by the streams, shifted by the element."""
+    # One number for all: Python's integers draw it, and no device is asked for it.
+    drawn = draws(stream_key(seed, purpose, 0), 0, number) * 2.0**-DRAW_BITS
 
     def uniform(x: Array) -> Array:
         xp = array_namespace(x)
-        zero = xp.zeros((1,), dtype=xp.int64, device=x.device)
-        drawn = draws(stream_key(seed, purpose, zero, ops.threefry2x32), zero, zero + number, ops.threefry2x32)
-        u = xp.astype(positions(math.prod(x.shape[1:]), x), xp.float64) * _GOLDEN
-        u = u + xp.astype(drawn, xp.float64) * 2.0**-DRAW_BITS
+        u = xp.astype(positions(math.prod(x.shape[1:]), x), xp.float64) * _GOLDEN + drawn
         return xp.reshape(xp.astype(u - xp.floor(u), x.dtype), (1, *x.shape[1:]))
 
     return uniform
