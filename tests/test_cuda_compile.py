@@ -12,6 +12,7 @@ from subgen_cupy._attention import attention_module
 from subgen_cupy._launch import Module
 from subgen_cupy._leaders import leaders_module
 from subgen_cupy._merging import MERGING
+from subgen_cupy._rounding import ROUNDING
 from subgen_cupy._threefry import THREEFRY
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
@@ -32,6 +33,7 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
         ]
     },
     "threefry": (THREEFRY, {"threefry2x32": 32}),
+    "rounding": (ROUNDING, {"quantize": 48}),
     "leaders": (leaders_module("float16"), {"nearest_centres": 128, "open_leaders": 64}),
     "merging": (
         MERGING,
@@ -155,5 +157,6 @@ def test_the_kernels_are_package_data() -> None:
         "common.cuh",
         "leaders.cu",
         "merging.cu",
+        "rounding.cu",
         "threefry.cu",
     ]

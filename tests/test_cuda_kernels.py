@@ -16,7 +16,7 @@ import cuda_labs
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import BACKEND, _attention, _leaders, _merging, _operations, _threefry
+from subgen_cupy import BACKEND, _attention, _leaders, _merging, _operations, _rounding, _threefry
 
 import subgen
 from subgen import backends, merging
@@ -195,6 +195,22 @@ def test_threefry_matches_the_known_answers_and_the_portable_words(lab: Lab) -> 
     got = _threefry.threefry(lab.device, tuple(lab.put(word) for word in words))
     for mine, portable in zip(got, PORTABLE["threefry2x32"](*words), strict=True):
         np.testing.assert_array_equal(lab.get(mine), portable)
+
+
+# Rounding
+
+
+def test_vectors_in_8_bits_are_the_portable_ones(lab: Lab) -> None:
+    rng = np.random.default_rng(14)
+    x = rng.normal(size=(3, 11, 70)).astype(np.float32) * 10.0 ** rng.integers(-6, 6, size=(3, 11, 1))
+    x = x.astype(np.float32)
+    x[0, 3], x[1, 2, ::2] = 0.0, np.float32(2.5)
+    # One head of a group: its vectors lie apart.
+    for part in (slice(0, 11), slice(4, 5), slice(0, 7)):
+        got = _rounding.quantize(lab.device, lab.put(x)[:, part])
+        expected = PORTABLE["quantize"](x[:, part], np.dtype("float32"))
+        np.testing.assert_array_equal(lab.get(got.codes), expected.codes)
+        np.testing.assert_array_equal(lab.get(got.scales), expected.scales)
 
 
 # Leaders

@@ -284,7 +284,7 @@ class ClusterMeans:
             asked = asked + (rows is not None,) * (size - skip)
             if rows is not None:
                 mine = rows[:, :, start + skip : part.stop, :]
-                codes = quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
+                codes = ops.quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
                 queries = Codes(
                     ops.write(queries.codes, filled + skip - self.sink, codes.codes),
                     ops.write(queries.scales, filled + skip - self.sink, codes.scales),
