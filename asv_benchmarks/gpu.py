@@ -1,6 +1,8 @@
 """The CuPy backend on a GPU beside exact attention: a decoding step, and the absorbing of a long prompt.
 
 Run with ``make bench-gpu``. Writes ``gpu.json`` and ``gpu.md``: what was measured, on what, and the target beside it.
+They are written anew after every number, a part that fails is a line in them, and parts that would begin after
+``--minutes`` are left out: whatever happens, what was measured is there.
 
 Times are of CUDA events around CUDA graphs or long kernels, medians after a warm-up, on random data. A step over a
 sketch fits the cache of the device, so steps go round over as many sketches as fill it several times.
@@ -9,10 +11,13 @@ sketch fits the cache of the device, so steps go round over as many sketches as 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import platform
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +29,9 @@ KV_HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
 CLUSTERS, EXACT = 1024, 256
 ROOM = 256
 BYTES = 2  # of a bfloat16
+LONG = 131072
+#: Batch and tokens of exact attention, and how many times as fast the sketch is to be.
+TARGETS = {(1, LONG): 5, (1, 10**6): 40, (16, LONG): 40, (16, 10**6): 200}
 CACHES_FILLED = 4  # how often the inputs of one timing fill the L2 cache
 
 
@@ -37,11 +45,11 @@ class Row:
     met: str = ""
 
 
-def events(module: Any, work: Callable[[], None], repeats: int) -> float:
+def events(module: Any, work: Callable[[], None], repeats: int, warmups: int = 2) -> float:
     """Median seconds of work between two events of ``cupy.cuda`` or ``torch.cuda``."""
     timed = hasattr(module, "get_elapsed_time")
-    work()
-    work()
+    for _ in range(warmups):
+        work()
     times = []
     for _ in range(repeats):
         begin, end = (module.Event() if timed else module.Event(enable_timing=True) for _ in range(2))
@@ -67,7 +75,7 @@ def draw(cp: Any, *shape: int) -> Any:
 
 def copy_bandwidth(cp: Any) -> float:
     """Bytes read and written each second by a large copy."""
-    source = cp.random.randint(0, 255, size=1 << 30, dtype=cp.uint8)
+    source = draw(cp, 1 << 28)
     target = cp.empty_like(source)
     seconds = events(cp.cuda, lambda: cp.copyto(target, source), 20)
     return 2 * source.nbytes / seconds
@@ -120,8 +128,10 @@ def fastest(torch: Any, q: Any, k: Any, v: Any, repeats: int, causal: bool = Fal
 
         try:
             best = min(best, (events(torch.cuda, attend, repeats), backend.name))
-        except RuntimeError as error:
-            print(f"  {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+        except Exception as error:  # one that does not take these shapes
+            print(f"  {backend.name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    if best[0] == math.inf:
+        raise RuntimeError("none of torch's exact attentions took these shapes")
     return best
 
 
@@ -160,9 +170,6 @@ def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
         merged, moved = merge(held, metric, scale, CLUSTERS, CLUSTERS)
         for name in ("keys", "values", "counts", "spread", "importance"):
             getattr(held, name)[:, :CLUSTERS] = getattr(merged, name)
-        held.counts[:, CLUSTERS:] = 1
-        held.importance[:, CLUSTERS:] = 1
-        held.spread[:, CLUSTERS:] = 0
         return moved
 
     replay, _ = capture(step)
@@ -183,11 +190,13 @@ def whole_sketch(cp: Any, batch: int, tokens: int, window: int) -> tuple[float, 
     queries = draw(cp, batch, QUERY_HEADS, tokens, HEAD_DIM).astype(cp.float16)
     keys, values = (draw(cp, batch, KV_HEADS, tokens, HEAD_DIM).astype(cp.float16) for _ in range(2))
 
-    def update() -> Any:
+    def update(n: int = tokens) -> Any:
         sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
-        sketch.update(keys, values, queries)
+        sketch.update(keys[:, :, :n], values[:, :, :n], queries[:, :, :n])
         return sketch
 
+    update(min(tokens, CLUSTERS + 4 * window))  # compiles what it needs
+    seconds = events(cp.cuda, lambda: update() and None, 1, warmups=0)
     sketch, steps = update(), window  # so that merges are in it, as often as they are in a long answer
 
     def decode() -> None:
@@ -195,7 +204,7 @@ def whole_sketch(cp: Any, batch: int, tokens: int, window: int) -> tuple[float, 
             part = slice(i % tokens, i % tokens + 1)
             sketch.step(queries[:, :, part], keys[:, :, part], values[:, :, part])
 
-    return events(cp.cuda, lambda: update() and None, 3), events(cp.cuda, decode, 3) / steps
+    return seconds, events(cp.cuda, decode, 3, warmups=1) / steps
 
 
 def exact_causal(torch: Any, batch: int, n: int) -> tuple[float, str]:
@@ -208,69 +217,123 @@ def verdict(met: bool) -> str:
     return "yes" if met else "no"
 
 
-def measure(cp: Any, torch: Any | None, quick: bool) -> list[Row]:
-    """Measure everything, printing as it goes."""
-    rows: list[Row] = []
+class Bench:
+    """What was measured so far; every number is written to the files at once."""
 
-    def add(*cells: str) -> None:
-        rows.append(Row(*cells))
+    def __init__(self, cp: Any, torch: Any | None, quick: bool, folder: Path, minutes: float) -> None:
+        self.cp, self.torch, self.quick, self.folder = cp, torch, quick, folder
+        self.deadline = time.monotonic() + 60 * minutes
+        self.rows: list[Row] = []
+        self.failed: list[str] = []
+        self.bandwidth = math.nan
+        self.causal: dict[int, tuple[float, str]] = {}
+        self.where: dict[str, str] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, *cells: str) -> None:
+        self.rows.append(Row(*cells))
         print(*cells, sep=" | ", flush=True)
+        self.write()
 
-    def tidy() -> None:
-        cp.get_default_memory_pool().free_all_blocks()
-        if torch is not None:
-            torch.cuda.empty_cache()
+    def write(self) -> None:
+        rows = [asdict(row) for row in self.rows]
+        (self.folder / "gpu.json").write_text(
+            json.dumps({"on": self.where, "rows": rows, "failed": self.failed}, indent=1)
+        )
+        (self.folder / "gpu.md").write_text(markdown(self.rows, self.where))
 
-    bandwidth = copy_bandwidth(cp)
-    add("copy, bytes read and written", f"{bandwidth / 1e12:.2f} TB/s")
-    targets = {(1, 131072): 5, (1, 10**6): 40, (16, 131072): 40, (16, 10**6): 200}
-    for batch in (1, 16, 64):
-        tidy()
-        seconds, eager, size = decoding_step(cp, batch)
-        floor = size / bandwidth
+    def part(self, name: str, work: Callable[[], None]) -> None:
+        """Run a part; whatever goes wrong in it is a line of the table, and the next part follows."""
+        if time.monotonic() > self.deadline:
+            self.add(name, "left out: no time was left")
+            return
+        gc.collect()
+        try:
+            self.cp.get_default_memory_pool().free_all_blocks()
+            if self.torch is not None:
+                self.torch.cuda.empty_cache()
+            begin = time.monotonic()
+            work()
+            print(f"  ({name}: {time.monotonic() - begin:.1f} s)", file=sys.stderr, flush=True)
+        except Exception as error:
+            self.failed.append(f"{name}\n{traceback.format_exc()}")
+            traceback.print_exc()
+            self.add(name, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+
+    def copy(self) -> None:
+        self.bandwidth = copy_bandwidth(self.cp)
+        self.add("copy, bytes read and written", f"{self.bandwidth / 1e12:.2f} TB/s")
+
+    def step(self, batch: int) -> None:
+        seconds, eager, size = decoding_step(self.cp, batch)
+        floor = size / self.bandwidth
         name = f"step over the sketch, batch {batch}"
         target = "within 3x of its bytes" if batch == 64 else ""
         met = verdict(seconds <= 3 * floor) if target else ""
-        add(name, f"{seconds * 1e6:.1f} us, {seconds / floor:.2f}x the time of its {size / 1e6:.1f} MB", target, met)
-        add(f"{name}, launched from Python", f"{eager * 1e6:.1f} us")
-        for n in () if torch is None or quick else (131072, 10**6):
-            tidy()
-            exact = exact_step(torch, batch, n)
-            if exact is None:
-                add(f"exact step, batch {batch}, n = {n}", "does not fit the device's memory")
-                continue
-            ratio = exact[0] / seconds
-            goal = targets.get((batch, n))
-            add(
-                f"exact step, batch {batch}, n = {n}",
-                f"{exact[0] * 1e6:.1f} us ({exact[1]}), {ratio:.1f}x the sketch's",
-                f">= {goal}x" if goal else "",
-                verdict(ratio >= goal) if goal else "",
-            )
-    tokens = 8192 if quick else 131072
-    for batch in (1,) if quick else (1, 4):
-        tidy()
-        causal = None if torch is None else exact_causal(torch, batch, tokens)
-        if causal is not None:
-            add(f"exact causal attention, batch {batch}, {tokens} tokens", f"{causal[0] * 1e3:.1f} ms ({causal[1]})")
-        for block in (64, 128, 256, 512):
-            tidy()
-            seconds = absorbing(cp, batch, tokens, block)
-            share = "" if causal is None else f", {seconds / causal[0]:.2f} of exact"
-            add(
-                f"merging {tokens} tokens into {CLUSTERS} clusters by {block}, batch {batch}",
-                f"{seconds * 1e3:.1f} ms{share}",
-                "< 0.25 of exact" if causal is not None else "",
-                "" if causal is None else verdict(seconds < 0.25 * causal[0]),
-            )
-    few, window = 8192, 512
-    for batch in (1,) if quick else (1, 16):
-        tidy()
-        update, token = whole_sketch(cp, batch, few, window)
+        text = f"{seconds * 1e6:.1f} us, {seconds / floor:.2f}x the time of its {size / 1e6:.1f} MB"
+        self.add(name, text, target, met)
+        self.add(f"{name}, launched from Python", f"{eager * 1e6:.1f} us")
+        for n in () if self.torch is None or self.quick else (131072, 10**6):
+            self.part(f"exact step, batch {batch}, n = {n}", lambda n=n: self.beside(batch, n, seconds))  # type: ignore[misc]
+
+    def beside(self, batch: int, n: int, seconds: float) -> None:
+        name, goal = f"exact step, batch {batch}, n = {n}", TARGETS.get((batch, n))
+        exact = exact_step(self.torch, batch, n)
+        if exact is None:
+            self.add(name, "does not fit the device's memory")
+            return
+        ratio = exact[0] / seconds
+        text = f"{exact[0] * 1e6:.1f} us ({exact[1]}), {ratio:.1f}x the sketch's"
+        self.add(name, text, f">= {goal}x" if goal else "", verdict(ratio >= goal) if goal else "")
+
+    def exact_prompt(self, batch: int, tokens: int) -> None:
+        self.causal[batch] = exact_causal(self.torch, batch, tokens)
+        seconds, implementation = self.causal[batch]
+        self.add(
+            f"exact causal attention, batch {batch}, {tokens} tokens", f"{seconds * 1e3:.1f} ms ({implementation})"
+        )
+
+    def prompt(self, what: str, seconds: float, batch: int | None) -> None:
+        causal = None if batch is None else self.causal.get(batch)
+        share = "" if causal is None else f", {seconds / causal[0]:.2f} of exact"
+        target = "" if causal is None else "< 0.25 of exact"
+        met = "" if causal is None else verdict(seconds < 0.25 * causal[0])
+        self.add(what, f"{seconds * 1e3:.1f} ms{share}", target, met)
+
+    def merging(self, batch: int, tokens: int, block: int) -> None:
+        seconds = absorbing(self.cp, batch, tokens, block)
+        what = f"merging {tokens} tokens into {CLUSTERS} clusters by {block}, batch {batch}"
+        self.prompt(what, seconds, batch)
+
+    def sketch(self, batch: int, tokens: int, window: int) -> None:
+        update, token = whole_sketch(self.cp, batch, tokens, window)
         where = f"window {window}, batch {batch}, float16"
-        add(f"AttentionSketch.update, {few} tokens, {where}", f"{update * 1e3:.1f} ms")
-        add(f"AttentionSketch.step, a token, {where}", f"{token * 1e6:.1f} us")
-    return rows
+        long = tokens == LONG
+        self.prompt(f"AttentionSketch.update, {tokens} tokens, {where}", update, batch if long else None)
+        self.add(f"AttentionSketch.step, a token, {where}", f"{token * 1e6:.1f} us")
+
+    def everything(self) -> None:
+        self.part("what it runs on", lambda: self.where.update(describe(self.cp, self.torch)))
+        self.part("copy", self.copy)
+        for batch in (1, 16, 64):
+            self.part(f"step over the sketch, batch {batch}", lambda batch=batch: self.step(batch))  # type: ignore[misc]
+        tokens = 8192 if self.quick else LONG
+        for batch in (1,) if self.quick else (1, 4):
+            if self.torch is not None:
+                self.part(
+                    f"exact causal attention, batch {batch}",
+                    lambda batch=batch: self.exact_prompt(batch, tokens),  # type: ignore[misc]
+                )
+            for block in (128, 256, 512, 1024):
+                self.part(
+                    f"merging by {block}, batch {batch}",
+                    lambda batch=batch, block=block: self.merging(batch, tokens, block),  # type: ignore[misc]
+                )
+        for batch, few in ((1, 8192),) if self.quick else ((1, LONG), (16, 8192)):
+            self.part(
+                f"AttentionSketch, batch {batch}",
+                lambda batch=batch, few=few: self.sketch(batch, few, 512),  # type: ignore[misc]
+            )
 
 
 def describe(cp: Any, torch: Any | None) -> dict[str, str]:
@@ -301,6 +364,7 @@ def markdown(rows: list[Row], where: dict[str, str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path("build/gpu"), help="folder for gpu.json and gpu.md")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no part begins after this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see whether it runs")
     options = parser.parse_args(arguments)
     try:
@@ -316,16 +380,14 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             torch = None
-    except ImportError:
-        pass
+    except Exception as error:  # torch missing, or broken
+        print(f"torch: {type(error).__name__}: {error}", file=sys.stderr)
     if torch is None:
         print("without torch on CUDA: nothing to compare with", file=sys.stderr)
-    rows, where = measure(cupy, torch, options.quick), describe(cupy, torch)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "gpu.json").write_text(json.dumps({"on": where, "rows": [asdict(row) for row in rows]}, indent=1))
-    (options.output / "gpu.md").write_text(markdown(rows, where))
-    print(markdown(rows, where))
-    return 0
+    bench = Bench(cupy, torch, options.quick, options.output, options.minutes)
+    bench.everything()
+    print(markdown(bench.rows, bench.where))
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from libraries import Library, to_numpy
 from test_means import arrays, assert_same, stream
 
 from subgen import AttentionSketch, Power, attention
-from subgen.backends import Operations
 from subgen.files import sample
 from subgen.rounding import dequantize, dither, quantize
 
@@ -189,10 +188,10 @@ class TestEightBits:
     def test_what_was_read_goes_back_to_the_same_codes(self, library: Library) -> None:
         rng = np.random.default_rng(0)
         x = library.array((rng.normal(size=(3, 50, 16)) * 10.0 ** rng.uniform(-3, 3, (3, 50, 1))).astype(np.float32))
-        codes = quantize(x, x.dtype, dither(0, 3, 0, Operations()))
+        codes = quantize(x, x.dtype, dither(0, 3, 0))
         for number in range(1, 5):
             read = dequantize(codes, x.dtype)
-            again = quantize(read, x.dtype, dither(0, 3, number, Operations()))
+            again = quantize(read, x.dtype, dither(0, 3, number))
             np.testing.assert_array_equal(to_numpy(again.codes), to_numpy(codes.codes))
             codes = again
         largest = np.abs(to_numpy(x)).max(axis=-1, keepdims=True)
@@ -200,7 +199,7 @@ class TestEightBits:
 
     def test_rounding_is_right_on_average(self) -> None:
         x = np.asarray([[[1.0, 0.3, -0.123, 0.001]]])
-        read = np.stack([dequantize(quantize(x, x.dtype, dither(5, 3, i, Operations())), x.dtype) for i in range(4000)])
+        read = np.stack([dequantize(quantize(x, x.dtype, dither(5, 3, i)), x.dtype) for i in range(4000)])
         # The mean of 4000 within 6 deviations of at most half a unit.
         assert (np.abs(read.mean(axis=0) - x) < 6 * 0.5 / 127 / np.sqrt(4000)).all()
 

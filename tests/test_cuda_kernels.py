@@ -16,7 +16,7 @@ import cuda_labs
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import BACKEND, _attention, _leaders, _merging, _operations, _threefry
+from subgen_cupy import BACKEND, _attention, _leaders, _merging, _operations, _rounding, _threefry
 
 import subgen
 from subgen import backends, merging
@@ -197,6 +197,22 @@ def test_threefry_matches_the_known_answers_and_the_portable_words(lab: Lab) -> 
         np.testing.assert_array_equal(lab.get(mine), portable)
 
 
+# Rounding
+
+
+def test_vectors_in_8_bits_are_the_portable_ones(lab: Lab) -> None:
+    rng = np.random.default_rng(14)
+    x = rng.normal(size=(3, 11, 70)).astype(np.float32) * 10.0 ** rng.integers(-6, 6, size=(3, 11, 1))
+    x = x.astype(np.float32)
+    x[0, 3], x[1, 2, ::2] = 0.0, np.float32(2.5)
+    # One head of a group: its vectors lie apart.
+    for part in (slice(0, 11), slice(4, 5), slice(0, 7)):
+        got = _rounding.quantize(lab.device, lab.put(x)[:, part])
+        expected = PORTABLE["quantize"](x[:, part], np.dtype("float32"))
+        np.testing.assert_array_equal(lab.get(got.codes), expected.codes)
+        np.testing.assert_array_equal(lab.get(got.scales), expected.scales)
+
+
 # Leaders
 
 
@@ -264,6 +280,12 @@ def rounds_of_mutual_neighbours(costs: np.ndarray, surplus: int) -> dict[int, in
     return pairs
 
 
+def packed_nearest(costs: np.ndarray) -> np.ndarray:
+    """The first of the least costs of each cluster: its bits, then its index."""
+    bits = costs.min(axis=2).view(np.int32).astype(np.int64)
+    return bits << 32 | np.argmin(costs, axis=2)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "most"), [(1, 1), (2, 1), (37, 30), (64, 20), (100, 60), (150, 149), (33, 40), (40, 1)])
 def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most: int, seed: int) -> None:
@@ -277,7 +299,8 @@ def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most:
     costs[~possible] = np.inf
     places = min(n, most + 3)
     moved = lab.put(np.full((streams, n), -1))
-    matched = _merging.match(lab.device, lab.put(costs), lab.put(counts), most, places, moved, True)
+    given = lab.put(costs), lab.put(packed_nearest(costs))
+    matched = _merging.match(lab.device, given, lab.put(counts), most, places, moved, True)
     source, other, moved = map(lab.get, (*matched, moved))
     for s in range(streams):
         live = [i for i in range(n) if counts[s, i] > 0]
@@ -299,9 +322,38 @@ def test_costs_equal_the_portable_ones_to_the_last_bit(lab: Lab, n: int, head_di
     root = rng.integers(-1, 2, size=(2, head_dim, head_dim)).astype(np.float32)
     for metric in (None, root @ root.swapaxes(1, 2)):
         given = None if metric is None else lab.put(metric)
-        got = lab.get(_merging.ward_costs(lab.device, means.each(lab.put), given, lab.put(value_scale)))
+        costs, nearest = _merging.ward_costs(lab.device, means.each(lab.put), given, lab.put(value_scale))
+        got = lab.get(costs)
         np.testing.assert_array_equal(got, merging.ward_costs(means, metric, value_scale))
         np.testing.assert_array_equal(got, got.swapaxes(1, 2))
+        np.testing.assert_array_equal(lab.get(nearest), packed_nearest(got))
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_costs_are_as_good_as_in_float32(lab: Lab, offset: float) -> None:
+    rng = np.random.default_rng(10)
+    keys, values = rng.normal(size=(2, 2, 130, 64)) + offset
+    counts, importance = rng.integers(0, 9, size=(2, 130)), rng.random((2, 130)) + 0.1
+    wide = Means(keys, values - offset, counts, np.zeros((2, 130, 4)), importance)
+    means = replace(wide.each(lambda x: x.astype(np.float32)), counts=counts.astype(np.int32))
+    root = rng.normal(size=(2, 64, 64)) / 8
+    metric = root @ root.swapaxes(1, 2)
+    arrays = metric.astype(np.float32), np.float32([1.0, 2.0])
+    costs, nearest = _merging.ward_costs(lab.device, means.each(lab.put), *map(lab.put, arrays))
+    expected = merging.ward_costs(wide, metric, np.array([1.0, 2.0]))
+    got = lab.get(costs)
+    np.testing.assert_allclose(got, expected, rtol=2e-5 if offset == 0 else 2e-4)
+    np.testing.assert_array_equal(got, got.swapaxes(1, 2))
+    np.testing.assert_array_equal(lab.get(nearest), packed_nearest(got))
+
+
+def test_no_cost_is_infinite_but_where_nothing_may_merge(lab: Lab) -> None:
+    means = means_case(np.random.default_rng(5), 1, 20, 8, 8)
+    means = replace(means, keys=means.keys * np.float32(1e18))
+    costs, _ = _merging.ward_costs(lab.device, means.each(lab.put), None, lab.put(np.ones(1, np.float32)))
+    live = means.counts[0] > 0
+    possible = live[:, None] & live[None, :] & ~np.eye(20, dtype=bool)
+    np.testing.assert_array_equal(np.isfinite(lab.get(costs)[0]), possible)
 
 
 @pytest.mark.parametrize(
@@ -471,7 +523,8 @@ def test_a_token_in_decoding_copies_no_window(library: Lab) -> None:
 def test_every_barrier_is_needed_and_its_absence_noticed() -> None:
     cuda_labs.emulation()
     program = [sys.executable, "-m", "cuda_emulation.mutants"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

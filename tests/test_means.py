@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from libraries import NUMPY, Library, to_numpy
 
 from subgen import AttentionSketch, attention
-from subgen.backends import PORTABLE, Operations
+from subgen.backends import PORTABLE
 from subgen.files import sample
 from subgen.mass import log_weights
 from subgen.merging import Means, merge_closest
@@ -271,9 +271,7 @@ class TestSixteenBits:
         else:
             x, target = np.asarray([1 + 0.3 * 2.0**-10, -3 - 0.9 * 2.0**-9, 1e-3], np.float32)[None, :, None], "float16"
             target = np.dtype(target)
-        rounded = np.stack(
-            [to_numpy(round_to(x, target, dither(1, 3, i, Operations()))).astype(float) for i in range(2000)]
-        )
+        rounded = np.stack([to_numpy(round_to(x, target, dither(1, 3, i))).astype(float) for i in range(2000)])
         # Within one unit of the last place each; the mean of 2000 within 6 deviations of at most half a unit.
         unit = 2.0 ** (-7 if dtype == "bfloat16" else -10) * np.asarray([1.0, 2.0, 2.0**-10])[None, :, None]
         wide = to_numpy(x).astype(float)
@@ -283,7 +281,7 @@ class TestSixteenBits:
     def test_what_fits_stays(self) -> None:
         x = np.asarray([[[0.0], [1.0], [-2.5], [65504.0], [2.0**-24]]], dtype=np.float32)
         for number in range(50):
-            rounded = round_to(x, np.dtype("float16"), dither(0, 3, number, Operations()))
+            rounded = round_to(x, np.dtype("float16"), dither(0, 3, number))
             np.testing.assert_array_equal(rounded, x)
 
     def test_a_mean_follows_its_stream(self) -> None:

@@ -12,6 +12,7 @@ from ._cupy import capture
 from ._operations import (
     assign_leaders,
     merge_closest,
+    quantize,
     sketch_attention,
     threefry2x32,
     weighted_attention,
@@ -29,5 +30,6 @@ BACKEND = Backend(
         "sketch_attention": sketch_attention,
         "merge_closest": merge_closest,
         "write": write,
+        "quantize": quantize,
     },
 )

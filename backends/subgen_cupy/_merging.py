@@ -6,13 +6,15 @@ from subgen.merging import Means
 
 from ._launch import MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, i32, i64
 
-__all__ = ["MERGING", "MOST_CLUSTERS", "costs_of_pairs", "match", "merge", "shrink", "ward_costs"]
+__all__ = ["MERGING", "MOST_CLUSTERS", "match", "merge", "shrink", "ward_costs"]
 
 MERGING = Module("merging.cu")
 _TILE = 32
+_PAIR_TILE = 64
+_PAIR_THREADS = 128
 _WARPS = 8
 _THREADS = 256
-_MATCH_THREADS = 512
+_MATCH_THREADS = 1024
 
 
 def _match_shared(n: int) -> int:
@@ -24,24 +26,29 @@ def _match_shared(n: int) -> int:
 MOST_CLUSTERS = (MAX_SHARED - 256) // 11
 
 
-def points_of(device: Device, means: Means, value_scale: Array) -> Array:
-    """Points whose squared distances, times Ward's factor, are the costs of pairs if the metric is the identity.
+def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: Array) -> tuple[Array, Array]:
+    """Cost of merging each pair, see `subgen.merging.ward_costs`, and the nearest other of each cluster.
 
     Parameters
     ----------
     device : Device
     means : subgen.merging.Means
         As `packed` gives it.
+    metric : float32 array, shape (streams, head_dim, head_dim), or None
     value_scale : float32 array, shape (streams,)
 
     Returns
     -------
-    float32 array, shape (streams, n, head_dim + value_dim)
+    costs : float32 array, shape (streams, n, n)
+    nearest : int64 array, shape (streams, n)
+        The bits of the cost, then in the lower half the index.
     """
     streams, n, head_dim = means.keys.shape
     value_dim = means.values.shape[-1]
+    width = _TILE * ceil_div(head_dim + value_dim, _TILE)
     mean = device.empty((streams, head_dim), "float32")
-    points = device.empty((streams, n, head_dim + value_dim), "float32")
+    points = device.empty((streams, n, width), "float32")
+    norms, nearest = device.empty((streams, n), "float32"), device.empty((streams, n), "int64")
     arguments = [
         *(address(device, x) for x in (means.keys, means.counts)),
         i32(n),
@@ -52,43 +59,46 @@ def points_of(device: Device, means: Means, value_scale: Array) -> Array:
     arguments = [
         *(address(device, x) for x in (means.keys, means.values, mean, value_scale)),
         i64(streams * n),
-        *(i32(x) for x in (n, head_dim, value_dim)),
-        address(device, points),
+        *(i32(x) for x in (n, head_dim, value_dim, width)),
+        *(address(device, x) for x in (points, None if metric is not None else norms, nearest)),
     ]
     device.run(Launch(MERGING, "features", ceil_div(streams * n, _WARPS), _THREADS, arguments))
-    return points
-
-
-def costs_of_pairs(device: Device, gram: Array, norms: Array, counts: Array, importance: Array) -> Array:
-    """Write Ward's costs over the Gram matrix, shape (streams, n, n), and return it."""
-    streams, n, _ = gram.shape
-    arguments = [*(address(device, x) for x in (gram, norms, counts, importance)), i32(n)]
-    device.run(Launch(MERGING, "pair_costs", streams * ceil_div(n, _TILE) ** 2, _THREADS, arguments))
-    return gram
-
-
-def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: Array) -> Array:
-    """Cost of merging each pair; see `subgen.merging.ward_costs`. Arrays as `packed` gives them."""
-    xp, head_dim = device.xp, means.keys.shape[-1]
-    points = points_of(device, means, value_scale)
     mapped = points
     if metric is not None:
-        mapped = xp.concatenate([xp.matmul(points[..., :head_dim], metric), points[..., head_dim:]], axis=-1)
-    gram = device.packed(xp.matmul(mapped, xp.swapaxes(points, -1, -2)))
-    norms = device.packed(xp.diagonal(gram, axis1=-2, axis2=-1))
-    return costs_of_pairs(device, gram, norms, means.counts, means.importance)
+        mapped = device.empty((streams, n, width), "float32")
+        arguments = [
+            *(address(device, x) for x in (points, metric)),
+            *(i32(x) for x in (n, head_dim, width)),
+            *(address(device, x) for x in (mapped, norms)),
+        ]
+        device.run(Launch(MERGING, "map_points", streams * ceil_div(n, _TILE), _THREADS, arguments))
+    costs = device.empty((streams, n, n), "float32")
+    tiles = ceil_div(n, _PAIR_TILE)
+    arguments = [
+        *(address(device, x) for x in (mapped, points, norms, means.counts, means.importance)),
+        *(i32(x) for x in (n, width)),
+        *(address(device, x) for x in (costs, nearest)),
+    ]
+    device.run(Launch(MERGING, "pair_costs", streams * (tiles * (tiles + 1) // 2), _PAIR_THREADS, arguments))
+    return costs, nearest
 
 
 def match(
-    device: Device, costs: Array | None, counts: Array, most: int, places: int, moved: Array, first: bool
+    device: Device,
+    costs: tuple[Array, Array] | None,
+    counts: Array,
+    most: int,
+    places: int,
+    moved: Array,
+    first: bool,
 ) -> tuple[Array, Array]:
     """Choose pairs as `subgen.merging` does and say which clusters each place of the result comes from.
 
     Parameters
     ----------
     device : Device
-    costs : float32 array, shape (streams, n, n), or None
-        None if ``most`` is at least n: then clusters only close up.
+    costs : (float32 array, int64 array), or None
+        As `ward_costs` gives them. None if ``most`` is at least n: then clusters only close up.
     counts : int32 array, shape (streams, n)
     most : int
         Pairs merge until this many clusters are left, or there are no more pairs.
@@ -105,14 +115,10 @@ def match(
         The first and the second of each pair; ``other`` is -1 for a cluster alone, -2 for a free place.
     """
     streams, n = counts.shape
-    partner = cost = None
-    if costs is not None:
-        partner, cost = device.empty((streams, n), "int32"), device.empty((streams, n), "float32")
-        arguments = [address(device, costs), i64(streams * n), i32(n), address(device, partner), address(device, cost)]
-        device.run(Launch(MERGING, "nearest_pairs", ceil_div(streams * n, _WARPS), _THREADS, arguments))
+    of_pairs, nearest = (None, None) if costs is None else costs
     source, other = device.empty((streams, places), "int32"), device.empty((streams, places), "int32")
     arguments = [
-        *(address(device, x) for x in (costs, counts, partner, cost)),
+        *(address(device, x) for x in (of_pairs, counts, nearest)),
         *(i32(x) for x in (n, most, places, moved.shape[1], first)),
         *(address(device, x) for x in (source, other, moved)),
     ]

@@ -6,12 +6,21 @@ from collections.abc import Callable
 
 from subgen.backends import PORTABLE
 from subgen.merging import Means
+from subgen.rounding import Codes, Dither
 
-from . import _attention, _leaders, _merging, _threefry
+from . import _attention, _leaders, _merging, _rounding, _threefry
 from ._cupy import device_of
 from ._launch import Array, element
 
-__all__ = ["assign_leaders", "merge_closest", "sketch_attention", "threefry2x32", "weighted_attention", "write"]
+__all__ = [
+    "assign_leaders",
+    "merge_closest",
+    "quantize",
+    "sketch_attention",
+    "threefry2x32",
+    "weighted_attention",
+    "write",
+]
 
 _STORED = ("float16", "bfloat16", "float32")
 
@@ -77,6 +86,14 @@ def write(x: Array, start: int, block: Array) -> Array:
     """Put a block into an array along its second axis, in place; see `subgen.tail.write`."""
     x[:, start : start + block.shape[1]] = block
     return x
+
+
+def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
+    """Round vectors to 8 bits; see `subgen.rounding.quantize`. To nearest, in float32, in one launch."""
+    if uniform is not None or {element(x.dtype), element(dtype)} != {"float32"} or x.size == 0:
+        codes: Codes = PORTABLE["quantize"](x, dtype, uniform)
+        return codes
+    return _rounding.quantize(device_of(x), x)
 
 
 def _few_rows(queries: Array, keys: Array, values: Array) -> bool:

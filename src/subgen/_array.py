@@ -12,6 +12,7 @@ __all__ = [
     "Namespace",
     "array_namespace",
     "chunks",
+    "clip",
     "compute_dtype",
     "dtype_name",
     "itemsize",
@@ -97,6 +98,17 @@ def nbytes(state: Any) -> int:
         elif hasattr(value, "__dataclass_fields__"):
             total += nbytes(value)
     return total
+
+
+def clip(x: Array, low: float | None, high: float | None) -> Array:
+    """Keep numbers within bounds; the dtype stays.
+
+    By the array's own method where it has one: `array_api_compat` writes through a mask, for which CuPy waits for the
+    device, twice a call.
+    """
+    if hasattr(x, "clip"):
+        return x.clip(low, high)
+    return array_namespace(x).clip(x, min=low, max=high)
 
 
 def chunks(n: int, size: int) -> list[slice]:

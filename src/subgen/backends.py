@@ -41,6 +41,7 @@ from .clustering import assign_leaders
 from .counter import threefry2x32
 from .mass import sketch_attention
 from .merging import merge_closest
+from .rounding import Codes, quantize
 from .tail import write
 from .weighted import weighted_attention
 
@@ -59,6 +60,7 @@ class Operations:
     sketch_attention: Callable[..., tuple[Array, Array]] = sketch_attention
     merge_closest: Callable[..., tuple[Any, Array]] = merge_closest
     write: Callable[..., Array] = write
+    quantize: Callable[..., Codes] = quantize
 
 
 #: The operations a backend may replace, and the portable function behind each.

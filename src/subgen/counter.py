@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ._array import Array, array_namespace
+from ._array import Array
 
 __all__ = ["DRAW_BITS", "draws", "stream_key", "threefry2x32"]
 
@@ -31,7 +31,7 @@ def threefry2x32(key0: Array, key1: Array, counter0: Array, counter1: Array) -> 
 
     Parameters
     ----------
-    key0, key1, counter0, counter1 : int64 arrays, broadcastable
+    key0, key1, counter0, counter1 : int64 arrays, broadcastable, or ints
         Words in ``[0, 2**32)``.
 
     Returns
@@ -60,7 +60,7 @@ def stream_key(seed: int, purpose: int, heads: Array, threefry: Threefry = three
         In ``[0, 2**64)``.
     purpose : int
         Tells apart the reservoirs of one sketch.
-    heads : int64 array, shape (streams,)
+    heads : int64 array, shape (streams,), or int
         Index of each stream along the axis before the tokens.
     threefry : callable
         The operation that encrypts; see `threefry2x32`.
@@ -70,8 +70,7 @@ def stream_key(seed: int, purpose: int, heads: Array, threefry: Threefry = three
     (int64 array, int64 array)
         The key words, each of shape (streams,).
     """
-    xp = array_namespace(heads)
-    zero = xp.zeros_like(heads)
+    zero = heads * 0
     return threefry(zero + (seed & _MASK), zero + (seed >> 32), heads, zero + purpose)
 
 

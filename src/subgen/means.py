@@ -284,7 +284,7 @@ class ClusterMeans:
             asked = asked + (rows is not None,) * (size - skip)
             if rows is not None:
                 mine = rows[:, :, start + skip : part.stop, :]
-                codes = quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
+                codes = ops.quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
                 queries = Codes(
                     ops.write(queries.codes, filled + skip - self.sink, codes.codes),
                     ops.write(queries.scales, filled + skip - self.sink, codes.scales),
@@ -311,10 +311,11 @@ class ClusterMeans:
         tokens = window_keys[:, : self.block, :]
         held = self._means(state, wide)
         if any(state.asked):
-            asked = xp.asarray(list(state.asked), dtype=xp.bool, device=tokens.device)
             rows = dequantize(state.queries, wide)
-            rows = xp.where(asked[None, :, None], rows, xp.zeros_like(rows))
-            metric = second_moment(rows, asked)
+            if not all(state.asked):
+                asked = xp.asarray(list(state.asked), dtype=xp.bool, device=tokens.device)
+                rows = xp.where(asked[None, :, None], rows, xp.zeros_like(rows))
+            metric = second_moment(rows, sum(state.asked))
         else:
             metric = isotropic_moment(window_keys, self.scale)
         unusual = unusualness(window_keys, held.keys, xp.astype(held.counts, wide))
@@ -345,9 +346,9 @@ class ClusterMeans:
             residual = sample_tokens(
                 residual, state.keys[:, leaves, :], state.values[:, leaves, :], joined, moved, offered, key, ops
             )
-        return self._rebuild(replace(state, residual=residual), merged, ops)
+        return self._rebuild(replace(state, residual=residual), merged)
 
-    def _rebuild(self, state: MeansState, means: Means, ops: Operations) -> MeansState:
+    def _rebuild(self, state: MeansState, means: Means) -> MeansState:
         """Put new clusters in front, and close the gap that the tokens left."""
         xp = array_namespace(state.keys)
         dtype = state.keys.dtype
@@ -356,7 +357,7 @@ class ClusterMeans:
             means = means.each(lambda x: x[:, :room, ...])
 
         def dithered(purpose: int) -> Dither:
-            return dither(self.seed, purpose, state.n_seen, ops)
+            return dither(self.seed, purpose, state.n_seen)
 
         def moved_up(x: Array, first: int, front: Array) -> Array:
             """Take the leaving tokens out from ``first`` on, leave as much room at the end, and put a front before."""
@@ -438,8 +439,8 @@ def _turns(rows: Array, first: int) -> Array:
     """Take one head of the group for each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
     xp = array_namespace(rows)
     _, group, n, _ = rows.shape
-    if group == 1:
-        return rows[:, 0, :, :]
+    if group == 1 or n == 1:  # a single token takes a slice, without a gather
+        return rows[:, first % group, :, :]
     turn = (positions(n, rows) + first) % group
     return xp.take_along_axis(rows, turn[None, None, :, None], axis=1)[:, 0, :, :]
 

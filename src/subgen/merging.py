@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, clip, positions
 
 __all__ = ["Means", "band_means", "bands", "join", "merge_closest", "n_live", "ward_costs"]
 
@@ -118,7 +118,7 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
     factor = w[:, :, None] * w[:, None, :] / xp.where(total > 0, total, xp.ones_like(total))
     # No cost is infinite but where nothing may merge, whatever the keys.
     largest = float(xp.finfo(squared.dtype).max) ** 0.5
-    costs = xp.where(squared > 0, xp.clip(squared, max=largest), xp.zeros_like(squared)) * factor
+    costs = xp.where(squared > 0, clip(squared, None, largest), xp.zeros_like(squared)) * factor
     index = positions(keys.shape[1], keys)
     possible = live[:, :, None] & live[:, None, :] & (index[:, None] != index[None, :])[None, :, :]
     return xp.where(possible, costs, xp.full_like(costs, math.inf))

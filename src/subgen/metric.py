@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._array import Array, array_namespace
+from ._array import Array, array_namespace, clip
 
 __all__ = ["isotropic_moment", "second_moment", "unusualness"]
 
@@ -45,7 +45,7 @@ def unusualness(keys: Array, held: Array, counts: Array) -> Array:
     mean = total / (keys.shape[1] + xp.sum(counts, axis=1, keepdims=True))
     told = mean > _LEAST_ANGLE
     ratio = xp.where(told, away / xp.where(told, mean, xp.ones_like(mean)), xp.ones_like(away))
-    return xp.clip(ratio, min=0.3, max=5.0) ** 4
+    return clip(ratio, 0.3, 5.0) ** 4
 
 
 def _directions(x: Array) -> Array:
@@ -54,17 +54,18 @@ def _directions(x: Array) -> Array:
     return x / xp.where(norms > 0, norms, xp.ones_like(norms))
 
 
-def second_moment(rows: Array, asked: Array) -> Array:
+def second_moment(rows: Array, asked: int) -> Array:
     """Second moment of the queries in the window, with a ridge: ``(streams, head_dim, head_dim)``.
 
     Parameters
     ----------
     rows : array, shape (streams, window, head_dim)
         Scaled queries; zeros where a token came without.
-    asked : bool array, shape (window,)
+    asked : int
+        How many tokens came with.
     """
     xp = array_namespace(rows)
-    moment = xp.matmul(xp.matrix_transpose(rows), rows) / xp.sum(xp.astype(asked, rows.dtype))
+    moment = xp.matmul(xp.matrix_transpose(rows), rows) / asked
     identity = _identity(rows)
     mean_eigenvalue = xp.sum(moment * identity, axis=(1, 2), keepdims=True) / moment.shape[-1]
     mean_eigenvalue = xp.where(mean_eigenvalue > 0, mean_eigenvalue, xp.ones_like(mean_eigenvalue))

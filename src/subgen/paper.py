@@ -288,5 +288,5 @@ def _ratio(numerator: tuple[Array, Array], denominator: Array) -> Array:
     limit = float(info.max) / 2.0
     fits = xp.abs(output) < limit / xp.where(ratio > 1.0, ratio, xp.ones_like(ratio))
     return xp.where(fits, output, xp.zeros_like(output)) * ratio + xp.where(
-        fits, xp.zeros_like(output), xp.sign(output) * limit
+        fits, xp.zeros_like(output), xp.copysign(xp.full_like(output, limit), output)
     )

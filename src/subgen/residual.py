@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, clip, positions
 from .backends import Operations
 from .mass import half_variance, log_weights
 from .merging import Means
@@ -160,7 +160,7 @@ def correct(
     truth = _exp(xp.matmul(rows, xp.matrix_transpose(keys)) - logsumexp[:, :, None] + log_total)
     mean_values = of_slots(means.values)
     missing = xp.mean(truth - believed, axis=-1, keepdims=True)
-    mass = xp.clip(1.0 + missing, min=_LEAST_MASS)
+    mass = clip(1.0 + missing, _LEAST_MASS, None)
     added = (xp.matmul(truth, values) - xp.matmul(believed, mean_values)) / slots
     corrected = (output + added) / mass
 
@@ -187,7 +187,7 @@ def correct(
 
 
 def _exp(logits: Array) -> Array:
-    return array_namespace(logits).exp(array_namespace(logits).clip(logits, max=_LARGEST))
+    return array_namespace(logits).exp(clip(logits, None, _LARGEST))
 
 
 def _log(counts: Array) -> Array:

@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ._array import Array, array_namespace, positions
-from .backends import Operations
+from ._array import Array, array_namespace, clip, positions
 from .counter import DRAW_BITS, draws, stream_key
 
 __all__ = ["Codes", "Dither", "dequantize", "dither", "quantize", "round_to"]
@@ -25,15 +24,14 @@ _SNAP = 2.0**-10
 Dither = Callable[[Array], Array]
 
 
-def dither(seed: int, purpose: int, number: int, ops: Operations) -> Dither:
+def dither(seed: int, purpose: int, number: int) -> Dither:
     """Draw the dither of one rounding: a function of its arguments, shared by the streams, shifted by the element."""
+    # One number for all: Python's integers draw it, and no device is asked for it.
+    drawn = draws(stream_key(seed, purpose, 0), 0, number) * 2.0**-DRAW_BITS
 
     def uniform(x: Array) -> Array:
         xp = array_namespace(x)
-        zero = xp.zeros((1,), dtype=xp.int64, device=x.device)
-        drawn = draws(stream_key(seed, purpose, zero, ops.threefry2x32), zero, zero + number, ops.threefry2x32)
-        u = xp.astype(positions(math.prod(x.shape[1:]), x), xp.float64) * _GOLDEN
-        u = u + xp.astype(drawn, xp.float64) * 2.0**-DRAW_BITS
+        u = xp.astype(positions(math.prod(x.shape[1:]), x), xp.float64) * _GOLDEN + drawn
         return xp.reshape(xp.astype(u - xp.floor(u), x.dtype), (1, *x.shape[1:]))
 
     return uniform
@@ -67,9 +65,9 @@ def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
     exponent = xp.floor(xp.log2(xp.where(magnitude > smallest, magnitude, xp.full_like(magnitude, smallest))))
     unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * float(info.eps)
     largest = float(info.max)
-    nearest = xp.astype(xp.clip(x, -largest, largest), dtype)
+    nearest = xp.astype(clip(x, -largest, largest), dtype)
     exact = xp.astype(nearest, x.dtype) == x
-    dithered = xp.astype(xp.clip(x + (u - 0.5) * unit, -largest, largest), dtype)
+    dithered = xp.astype(clip(x + (u - 0.5) * unit, -largest, largest), dtype)
     return xp.where(exact, nearest, dithered)
 
 
@@ -117,8 +115,8 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
     if uniform is not None:
         rounded = xp.where(xp.abs(codes - nearest) < _SNAP, nearest, xp.floor(codes + uniform(codes)))
     # The largest keeps its code, and with it the scale of the next rounding.
-    rounded = xp.where(magnitude == peak, xp.sign(x) * 127.0, rounded)
-    rounded = xp.where(step > 0, xp.clip(rounded, -127.0, 127.0), xp.zeros_like(rounded))
+    rounded = xp.where(magnitude == peak, xp.copysign(xp.full_like(x, 127.0), x), rounded)
+    rounded = xp.where(step > 0, clip(rounded, -127.0, 127.0), xp.zeros_like(rounded))
     return Codes(xp.astype(rounded, xp.int8), scales[:, :, 0])
 
 

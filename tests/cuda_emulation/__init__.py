@@ -165,4 +165,5 @@ def sanitizing(asan: str) -> dict[str, str]:
     """Return the environment of a process whose kernels are to be watched by the address sanitizer."""
     # Stacks that are swapped, and a Python that was not built with it, are what it would complain about otherwise.
     options = "detect_leaks=0,detect_stack_use_after_return=0"
-    return {"LD_PRELOAD": asan, "ASAN_OPTIONS": options, "PYTHONPATH": str(_HERE.parent)}
+    path = os.pathsep.join(filter(None, [str(_HERE.parent), os.environ.get("PYTHONPATH", "")]))
+    return {"LD_PRELOAD": asan, "ASAN_OPTIONS": options, "PYTHONPATH": path}

@@ -46,9 +46,10 @@ def _merge(device: EmulatedDevice) -> list[Any]:
     spread = rng.random((3, 90, 4)).astype(np.float32)
     means = Means(keys, values, counts, spread, importance)
     scale = np.ones(3, np.float32)
-    merged, moved = _merging.shrink(device, means, None, scale, 50, 50)
-    costs = _merging.ward_costs(device, means, None, scale)
-    return [costs, merged.keys, merged.values, merged.counts, merged.spread, merged.importance, moved]
+    metric = np.tile(np.diag(np.arange(1, 41, dtype=np.float32)), (3, 1, 1)) + 0.5
+    merged, moved = _merging.shrink(device, means, metric, scale, 50, 50)
+    costs, nearest = _merging.ward_costs(device, means, metric, scale)
+    return [costs, nearest, merged.keys, merged.values, merged.counts, merged.spread, merged.importance, moved]
 
 
 def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from subgen_cupy import _attention, _leaders, _merging, _threefry
+from subgen_cupy import _attention, _leaders, _merging, _rounding, _threefry
 
 from subgen.merging import Means
 
@@ -34,6 +34,7 @@ def main() -> None:
         means = Means(draw(2, n, dims[0]), draw(2, n, dims[1]), counts, spread, importance, leaders)
         metric = np.tile(np.eye(dims[0], dtype=np.float32), (2, 1, 1))
         _merging.shrink(device, means, metric, np.ones(2, np.float32), most, most)
+    _rounding.quantize(device, draw(2, 9, 37)[:, 2:5])
     words = tuple(rng.integers(0, 1 << 32, size=(4, 300)))
     _threefry.threefry(device, words)
     print("done")

@@ -1,20 +1,30 @@
 // The closest pairs of clusters merge until a number is left: `subgen.merging`, without asking the host.
 //
 // `weighted_mean`, `features`: keys and values as points, so that the cost of a pair is a distance of points.
-// (Matrix products, by the array library, apply the metric and give the Gram matrix.)
-// `pair_costs`: Ward's cost of each pair, written over the Gram matrix.
-// `nearest_pairs`: the nearest other of each cluster.
+// `map_points`: the metric, applied to the keys of the points.
+// `pair_costs`: Ward's cost of each pair from the product of mapped points and points, by tensor cores, and the nearest
+//     other of each cluster. CuPy has matrix products too, but refuses them while a graph is recorded.
 // `match_pairs`: rounds of mutual nearest neighbours, a block of threads per stream. Costs stay as they are, so a
 //     nearest other is looked for again only where it was taken.
 //     Says where each place of the result comes from, and where each cluster of before the first pass went.
 // `merge_pairs`: writes the merged clusters, those that live first, in their order.
 //
-// Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero.
+// Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero. Points have
+// `width` numbers, a multiple of 32, zeros at the end.
 
 constexpr int TILE = 32;
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int MATCH_THREADS = 512;
+constexpr int SHARE = TILE / WARPS;  // rows of a tile that a warp looks after
+constexpr int PAIR_TILE = 64;
+constexpr int PAIR_THREADS = 128;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr int PAIR_UNROLL = 4;
+#else
+constexpr int PAIR_UNROLL = 1;
+#endif
+constexpr int STRIDE = TILE + 4;  // of a row in shared memory: reads along rows and along columns share no bank
+constexpr int MATCH_THREADS = 1024;
 constexpr int MATCH_WARPS = MATCH_THREADS / 32;
 constexpr unsigned char OPEN = 0, KEEPS = 1, GOES = 2;
 
@@ -46,54 +56,227 @@ weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, in
   }
 }
 
-// Points [key - mean, value / value_scale]. A warp per cluster.
+// Points [key - mean, value / value_scale, zeros]. A warp per cluster. The square of each point, if it is asked for,
+// and no nearest other yet.
 extern "C" __global__ void __launch_bounds__(THREADS)
 features(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ mean,
-         const float* __restrict__ value_scale, long long total, int n, int head_dim, int value_dim,
-         float* __restrict__ points) {
+         const float* __restrict__ value_scale, long long total, int n, int head_dim, int value_dim, int width,
+         float* __restrict__ points, float* __restrict__ norms, unsigned long long* __restrict__ nearest) {
   const int lane = threadIdx.x % 32;
   const long long cluster = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
   if (cluster >= total) return;
   const long long stream = cluster / n;
-  float* point = points + cluster * (head_dim + value_dim);
-  // Differences are all that matters: without the common offset, float32 keeps the digits.
-  for (int d = lane; d < head_dim; d += 32) point[d] = keys[cluster * head_dim + d] - mean[stream * head_dim + d];
-  for (int d = lane; d < value_dim; d += 32) point[head_dim + d] = values[cluster * value_dim + d] / value_scale[stream];
+  float norm = 0.0f;
+  for (int d = lane; d < width; d += 32) {
+    float x = 0.0f;
+    // Differences are all that matters: without the common offset, float32 keeps the digits.
+    if (d < head_dim) x = keys[cluster * head_dim + d] - mean[stream * head_dim + d];
+    else if (d < head_dim + value_dim) x = values[cluster * value_dim + d - head_dim] / value_scale[stream];
+    points[cluster * width + d] = x;
+    norm += x * x;
+  }
+  norm = warp_sum(norm);
+  if (lane == 0) {
+    if (norms) norms[cluster] = norm;
+    nearest[cluster] = ~0ull;
+  }
 }
 
-// A block takes a tile of pairs and its mirror image: it reads both before it writes over them.
-extern "C" __global__ void __launch_bounds__(THREADS)
-pair_costs(float* __restrict__ gram, const float* __restrict__ norms, const int* __restrict__ counts,
-           const float* __restrict__ importance, int n) {
-  __shared__ float upper[TILE][TILE + 1];
-  __shared__ float lower[TILE][TILE + 1];
+// The keys of the points times the metric, values as they are; and the product of each point with its image. A block
+// per TILE clusters of a stream.
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+map_points(const float* __restrict__ points, const float* __restrict__ metric, int n, int head_dim, int width,
+           float* __restrict__ mapped, float* __restrict__ norms) {
+  __shared__ __align__(16) float key_tile[TILE][STRIDE];
+  __shared__ float metric_tile[TILE][TILE];
   const int tiles = (n + TILE - 1) / TILE;
-  const int tile_row = blockIdx.x / tiles % tiles, tile_column = blockIdx.x % tiles;
-  if (tile_row > tile_column) return;
-  const long long stream = blockIdx.x / tiles / tiles;
-  gram += stream * n * n;
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * SHARE;
+  const long long stream = blockIdx.x / tiles;
+  const int first_cluster = blockIdx.x % tiles * TILE;
+  points += (stream * n + first_cluster) * width;
+  mapped += (stream * n + first_cluster) * width;
+  norms += stream * n + first_cluster;
+  metric += stream * head_dim * head_dim;
+  const int live = min(TILE, n - first_cluster);
+  float norm[SHARE] = {};
+  for (int first = 0; first < head_dim; first += TILE) {
+    float product[SHARE] = {};
+    for (int start = 0; start < head_dim; start += TILE) {
+      __syncthreads();  // the tiles of the turn before are done with
+#pragma unroll
+      for (int s = 0; s < SHARE; s++) {
+        const int row = first_row + s;
+        key_tile[row][lane] = row < live && start + lane < head_dim ? points[row * width + start + lane] : 0.0f;
+        metric_tile[row][lane] = start + row < head_dim && first + lane < head_dim
+                                     ? metric[(start + row) * head_dim + first + lane]
+                                     : 0.0f;
+      }
+      __syncthreads();  // key_tile, metric_tile
+#pragma unroll 4
+      for (int d = 0; d < TILE; d += 4) {
+        const float m0 = metric_tile[d][lane], m1 = metric_tile[d + 1][lane];
+        const float m2 = metric_tile[d + 2][lane], m3 = metric_tile[d + 3][lane];
+#pragma unroll
+        for (int s = 0; s < SHARE; s++) {
+          const float4 key = *reinterpret_cast<const float4*>(&key_tile[first_row + s][d]);
+          product[s] += key.x * m0 + key.y * m1 + key.z * m2 + key.w * m3;
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < SHARE; s++) {
+      const int row = first_row + s, d = first + lane;
+      if (row >= live || d >= head_dim) continue;
+      mapped[row * width + d] = product[s];
+      norm[s] += product[s] * points[row * width + d];
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < SHARE; s++) {
+    const int row = first_row + s;
+    for (int d = head_dim + lane; row < live && d < width; d += 32) {
+      const float x = points[row * width + d];
+      mapped[row * width + d] = x;
+      norm[s] += x * x;
+    }
+    norm[s] = warp_sum(norm[s]);
+    if (lane == 0 && row < live) norms[row] = norm[s];
+  }
+}
+
+// c += a b for a 16 x 8 and an 8 x 8 matrix over a warp, in TF32: of a number, the first 10 bits behind the point count.
+// Lane 4 g + t holds of a the rows g, g + 8 of column t and the same of column t + 4; of b, the rows t and t + 4 of
+// column g; of c, the columns 2 t and 2 t + 1 of row g, then of row g + 8.
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    float of_a[2], of_b[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const unsigned x = __shfl_sync(EVERY_LANE, a[k / 4 * 2 + half], g * 4 + k % 4);
+      const unsigned y = __shfl_sync(EVERY_LANE, b[k / 4], (2 * t + half) * 4 + k % 4);
+      of_a[half] = __int_as_float((int)(x & 0xffffe000u));
+      of_b[half] = __int_as_float((int)(y & 0xffffe000u));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) c[i] += of_a[i / 2] * of_b[i % 2];
+  }
+#endif
+}
+
+// A number as a sum of two in TF32: 21 bits of it, with those of the rounding.
+__device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
+  high = ((unsigned)__float_as_int(x) + 0x1000u) & 0xffffe000u;
+  low = (unsigned)__float_as_int(x - __int_as_float((int)high));
+}
+
+// A block takes a tile of pairs on or above the diagonal and writes its mirror image too: costs are symmetric to the
+// last bit, as mutual neighbours need. Of each cluster the nearest other, packed: the bits of the cost, then the
+// index, so that the least of these integers is the first of the least costs.
+extern "C" __global__ void __launch_bounds__(PAIR_THREADS, 4)
+pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, const float* __restrict__ norms,
+           const int* __restrict__ counts, const float* __restrict__ importance, int n, int width,
+           float* __restrict__ costs, unsigned long long* __restrict__ nearest) {
+  __shared__ __align__(16) float shared[2 * PAIR_TILE * STRIDE];
+  float* rows = shared;                           // PAIR_TILE x STRIDE
+  float* columns = shared + PAIR_TILE * STRIDE;   // PAIR_TILE x STRIDE
+  const int tiles = (n + PAIR_TILE - 1) / PAIR_TILE, pairs = tiles * (tiles + 1) / 2;
+  const long long stream = blockIdx.x / pairs;
+  int tile_row = 0, tile_column = blockIdx.x % pairs;
+  while (tile_column >= tiles - tile_row) tile_column -= tiles - tile_row++;
+  tile_column += tile_row;
+  const int first_row = tile_row * PAIR_TILE, first_column = tile_column * PAIR_TILE;
+  mapped += stream * n * width;
+  points += stream * n * width;
   norms += stream * n;
   counts += stream * n;
   importance += stream * n;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int r = warp; r < TILE; r += WARPS) {
-    const int i = tile_row * TILE + r, j = tile_column * TILE + lane;
-    upper[r][lane] = i < n && j < n ? gram[(long long)i * n + j] : 0.0f;
-    const int k = tile_column * TILE + r, l = tile_row * TILE + lane;
-    lower[r][lane] = k < n && l < n ? gram[(long long)k * n + l] : 0.0f;
+  costs += stream * n * n;
+  nearest += stream * n;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int own_row = warp / 2 * 32, own_column = warp % 2 * 32;  // of the tile, this warp's quarter
+
+  float product[2][4][4] = {};
+  for (int start = 0; start < width; start += TILE) {
+    __syncthreads();  // the tiles of the turn before are done with
+    for (int i = threadIdx.x; i < PAIR_TILE * TILE / 4; i += PAIR_THREADS) {
+      const int r = i / (TILE / 4), d = i % (TILE / 4) * 4;
+      float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
+      if (first_row + r < n)
+        a = *reinterpret_cast<const float4*>(mapped + (long long)(first_row + r) * width + start + d);
+      if (first_column + r < n)
+        b = *reinterpret_cast<const float4*>(points + (long long)(first_column + r) * width + start + d);
+      *reinterpret_cast<float4*>(rows + r * STRIDE + d) = a;
+      *reinterpret_cast<float4*>(columns + r * STRIDE + d) = b;
+    }
+    __syncthreads();  // rows, columns
+#pragma unroll PAIR_UNROLL
+    for (int k = 0; k < TILE; k += 8) {
+      unsigned high[2][4], low[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          split(rows[(own_row + m * 16 + i % 2 * 8 + g) * STRIDE + k + i / 2 * 4 + t], high[m][i], low[m][i]);
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        unsigned column_high[2], column_low[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          split(columns[(own_column + c * 8 + g) * STRIDE + k + i * 4 + t], column_high[i], column_low[i]);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          multiply(product[m][c], low[m], column_high);
+          multiply(product[m][c], high[m], column_low);
+          multiply(product[m][c], high[m], column_high);
+        }
+      }
+    }
   }
-  __syncthreads();  // upper, lower
-  for (int r = warp; r < TILE; r += WARPS)
-    for (int mirror = 0; mirror < 2; mirror++) {
-      const int i = (mirror ? tile_column : tile_row) * TILE + r, j = (mirror ? tile_row : tile_column) * TILE + lane;
-      if (i >= n || j >= n) continue;
-      // The halves of a product may round differently; a sum of both is symmetric, as mutual neighbours need.
-      const float cross = mirror ? lower[r][lane] + upper[lane][r] : upper[r][lane] + lower[lane][r];
-      const float squared = norms[i] + norms[j] - cross;
-      const float sum = importance[i] + importance[j];
-      const float factor = importance[i] * importance[j] / (sum > 0.0f ? sum : 1.0f);
-      const bool possible = i != j && counts[i] > 0 && counts[j] > 0;
-      gram[(long long)i * n + j] = possible ? (squared > 0.0f ? squared : 0.0f) * factor : infinity();
+  __syncthreads();  // rows and columns are done with: their place is that of the costs
+  constexpr int COST_STRIDE = PAIR_TILE + 1;
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int r = own_row + m * 16 + e / 2 * 8 + g, s = own_column + c * 8 + 2 * t + e % 2;
+        const int i = first_row + r, j = first_column + s;
+        float cost = infinity();
+        if (i < n && j < n && i != j && counts[i] > 0 && counts[j] > 0) {
+          const float squared = norms[i] + norms[j] - 2.0f * product[m][c][e];
+          const float sum = importance[i] + importance[j];
+          const float factor = importance[i] * importance[j] / (sum > 0.0f ? sum : 1.0f);
+          // No cost is infinite but where nothing may merge, whatever the keys.
+          cost = (squared > 0.0f ? fminf(squared, 1.8446743e19f) : 0.0f) * factor;
+        }
+        shared[r * COST_STRIDE + s] = cost;
+      }
+  __syncthreads();  // costs
+  const bool diagonal = tile_row == tile_column;
+  for (int mirror = 0; mirror < (diagonal ? 1 : 2); mirror++)
+    for (int r = warp; r < PAIR_TILE; r += PAIR_THREADS / 32) {
+      const int i = (mirror ? first_column : first_row) + r;
+      if (i >= n) break;
+      unsigned long long least = ~0ull;
+#pragma unroll
+      for (int s = lane; s < PAIR_TILE; s += 32) {
+        const int j = (mirror ? first_row : first_column) + s;
+        if (j >= n) continue;
+        const bool turned = diagonal ? s < r : mirror;
+        const float cost = shared[turned ? s * COST_STRIDE + r : r * COST_STRIDE + s];
+        costs[(long long)i * n + j] = cost;
+        least = min(least, (unsigned long long)(unsigned)__float_as_int(cost) << 32 | (unsigned)j);
+      }
+      for (int step = 16; step; step /= 2) least = min(least, __shfl_xor_sync(EVERY_LANE, least, step));
+      if (lane == 0) atomicMin(&nearest[i], least);
     }
 }
 
@@ -102,9 +285,10 @@ __device__ __forceinline__ void row_argmin(const float* row, const unsigned char
                                            int& index) {
   least = infinity();
   index = n;
+#pragma unroll 8
   for (int j = threadIdx.x % 32; j < n; j += 32) {
     const float cost = row[j];
-    if (cost < least && (!state || state[j] == OPEN)) {
+    if (cost < least && state[j] == OPEN) {
       least = cost;
       index = j;
     }
@@ -113,26 +297,12 @@ __device__ __forceinline__ void row_argmin(const float* row, const unsigned char
   if (index == n) index = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-nearest_pairs(const float* __restrict__ costs, long long total, int n, int* __restrict__ partner,
-              float* __restrict__ cost) {
-  const long long row = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
-  if (row >= total) return;
-  float least;
-  int index;
-  row_argmin(costs + row * n, nullptr, n, least, index);
-  if (threadIdx.x % 32 == 0) {
-    partner[row] = index;
-    cost[row] = least;
-  }
-}
-
 // Chooses pairs until the surplus over `most` is used or none is left, and says where every cluster goes: place p of
 // the result comes from source[p], merged with other[p]; -1 is alone, -2 is a free place. `moved` follows the `given`
 // places of before the first pass. Costs and nearest others are not read where there is no surplus.
-extern "C" __global__ void __launch_bounds__(MATCH_THREADS)
-match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, const int* __restrict__ first_partner,
-            const float* __restrict__ first_cost, int n, int most, int places, int given, int first_pass,
+extern "C" __global__ void __launch_bounds__(MATCH_THREADS, 1)
+match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
+            const unsigned long long* __restrict__ nearest, int n, int most, int places, int given, int first_pass,
             int* __restrict__ source, int* __restrict__ other, long long* __restrict__ moved) {
   extern __shared__ int dynamic[];
   int* partner = dynamic;                                                // n
@@ -158,8 +328,8 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, con
   int surplus = live - most;
   for (int i = thread; i < n; i += MATCH_THREADS) {
     if (surplus > 0) {
-      partner[i] = first_partner[stream * n + i];
-      cost[i] = first_cost[stream * n + i];
+      partner[i] = (int)(unsigned)nearest[stream * n + i];
+      cost[i] = __int_as_float((int)(nearest[stream * n + i] >> 32));
     }
     state[i] = OPEN;
   }
