@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
 from .backends import Operations
@@ -30,7 +30,7 @@ from .clustering import room_for
 from .counter import stream_key
 from .leaders import join_leaders
 from .merging import Means, bands, clusters_of_one, join, n_live
-from .metric import isotropic_moment, second_moment, unusualness
+from .metric import isotropic_moment, second_moment, typical_direction, unusualness
 from .residual import Residual, correct, empty_residual, sample_tokens
 from .rounding import Codes, Dither, dequantize, dither, quantize, round_to
 from .tail import Tail
@@ -344,15 +344,17 @@ class ClusterMeans:
         window_keys = xp.astype(state.keys[:, sinks.stop :, :], wide, copy=False)
         window_values = xp.astype(state.values[:, sinks.stop :, :], wide, copy=False)
         held = self.means(state, wide)
-        unusual = unusualness(window_keys, held.keys, xp.astype(held.counts, wide))
+        tokens = window_keys[:, : self.block, :]
+        typical = typical_direction(window_keys, held.keys, xp.astype(held.counts, wide))
         leaving = clusters_of_one(
-            window_keys[:, : self.block, :],
+            tokens,
             window_values[:, : self.block, :],
-            unusual[:, : self.block] * early_weight(state.n_seen),
+            unusualness(tokens, *typical) * early_weight(state.n_seen),
             None if self.delta is None else state.keys[:, leaves, :],
         )
-        scale = value_scale(window_values)
-        merged, joined, moved = self.merge(held, leaving, self.metric(state), scale, state, state.n_seen, ops)
+        pool, joined = self.pool(held, leaving, ops)
+        most = self.most(state, state.n_seen, pool.counts.shape[1])
+        merged, moved = ops.merge_closest(pool, self.metric(state), value_scale(window_values), most, most)
         residual = state.residual
         if residual is not None:
             key = stream_key(self.seed, RESIDUAL_DRAWS, heads, ops.threefry2x32)
@@ -389,50 +391,32 @@ class ClusterMeans:
         rows = dequantize(state.queries, wide)[:, : len(asked), :]
         return second_moment(xp.where(told[None, :, None], rows, xp.zeros_like(rows)), told)
 
-    def merge(
-        self,
-        held: Means,
-        more: Means,
-        metric: Array,
-        value_scale: Array,
-        like: MeansState,
-        n_seen: int,
-        ops: Operations,
-    ) -> tuple[Means, Array, Array]:
-        """Add clusters to those held, and merge down to the budget.
+    def pool(self, held: Means, more: Means, ops: Operations) -> tuple[Means, Array]:
+        """Add tokens or whole clusters to those held.
 
         Parameters
         ----------
         held, more : Means
-        metric, value_scale
-            See `subgen.merging.ward_costs`.
-        like : MeansState
-            With keys and values of the shapes and dtype that the budget counts.
-        n_seen : int
-            Tokens that the budget is for.
         ops : Operations
 
         Returns
         -------
         means : Means
-        joined : int64 array, shape (streams, clusters that were added)
-            The place of each before closest pairs merged.
-        moved : int64 array, shape (streams, places before closest pairs merged)
-            The new place of each.
+            The clusters that are held keep their places.
+        joined : int64 array, shape (streams, places of ``more``)
+            The place where each is now.
         """
+        if self.delta is not None:
+            return join_leaders(held, more, self.delta, ops)
         xp = array_namespace(held.keys)
-        if self.delta is None:
-            pool = join(held, more)
-            joined = positions(more.counts.shape[1], more.keys) + held.counts.shape[1]
-            joined = xp.broadcast_to(joined[None, :], more.counts.shape)
-        else:
-            pool, joined = join_leaders(held, more, self.delta, ops)
-        places = int(pool.counts.shape[1])
-        most = places
-        if self.budget is not None:
-            most = self.budget.clusters(n_seen, self.footprint(like.keys, like.values))
-        merged, moved = ops.merge_closest(pool, metric, value_scale, most, min(places, most))
-        return merged, joined, moved
+        joined = positions(more.counts.shape[1], more.keys) + held.counts.shape[1]
+        return join(held, more), xp.broadcast_to(joined[None, :], more.counts.shape)
+
+    def most(self, state: MeansState, n_seen: int, places: int) -> int:
+        """Return how many clusters of a number of places the budget allows after so many tokens."""
+        if self.budget is None:
+            return places
+        return min(places, self.budget.clusters(n_seen, self.footprint(state.keys, state.values)))
 
     def rebuild(
         self, state: MeansState, means: Means, keys: list[Array], values: list[Array], ops: Operations
@@ -536,9 +520,9 @@ def _turns(rows: Array, first: int) -> Array:
     return xp.take_along_axis(rows, turn[None, None, :, None], axis=1)[:, 0, :, :]
 
 
-def early_weight(n_seen: int) -> float:
-    """Factor of the importance of a token that is absorbed when so many were seen."""
-    return math.sqrt(_EARLY / n_seen)
+def early_weight(n_seen: Any) -> Any:
+    """Factor of the importance of a token that is absorbed when so many were seen: a number, or an array."""
+    return (_EARLY / n_seen) ** 0.5
 
 
 def value_scale(values: Array) -> Array:
