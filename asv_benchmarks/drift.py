@@ -56,7 +56,7 @@ def main(
     )
     for (dtype, storage), sketch in sketches.items():
         state = sketch.state
-        means = sketch._method._means(state, np.float32)
+        means = sketch.method.means(state, np.float32)
         counts = state.counts[..., None].astype(np.float64)
         written = slice(state.n_means, state.n_means + state.n_exact)
         off = []

@@ -7,10 +7,11 @@ from importlib.metadata import version
 from . import backends, theory
 from .budget import Power
 from .exact import attention
+from .joining import merge
 from .persist import load
 from .plan import plan
 from .sketch import AttentionSketch
 
-__all__ = ["AttentionSketch", "Power", "attention", "backends", "load", "plan", "theory"]
+__all__ = ["AttentionSketch", "Power", "attention", "backends", "load", "merge", "plan", "theory"]
 
 __version__ = version("subgen-attention")

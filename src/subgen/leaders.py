@@ -7,23 +7,29 @@ of its leader, and so within ``2 delta`` of the mean.
 
 from __future__ import annotations
 
-from ._array import Array, array_namespace, positions
+from dataclasses import replace
+
+from ._array import Array, array_namespace, chunks, positions
 from .backends import Operations
 from .clustering import append_leaders
 from .merging import Means, band_means, n_live
 
 __all__ = ["join_leaders"]
 
+# Tokens or clusters that join at once, so that temporaries stay small.
+_BLOCK = 512
 
-def join_leaders(held: Means, tokens: Means, delta: float, ops: Operations) -> tuple[Means, Array]:
-    """Let tokens join clusters, or open them.
+
+def join_leaders(held: Means, more: Means, delta: float, ops: Operations) -> tuple[Means, Array]:
+    """Let tokens, or clusters with all their members, join the clusters that are held, or open new ones.
 
     Parameters
     ----------
     held : Means
         Clusters with leaders, without a gap.
-    tokens : Means
-        Clusters of one; their leaders are their keys.
+    more : Means
+        Clusters that join whole, by their leaders, in this order; the leader of a token is its key. The first place
+        is taken in every stream; places that are free add nothing.
     delta : float
         In the units of the keys.
     ops : Operations
@@ -31,34 +37,52 @@ def join_leaders(held: Means, tokens: Means, delta: float, ops: Operations) -> t
     Returns
     -------
     means : Means
-        With as many places more as there are tokens.
-    assignment : int64 array, shape (streams, tokens)
-        The cluster that each token joined.
+        With as many places more as joined.
+    assignment : int64 array, shape (streams, places of ``more``)
+        The cluster that each joined.
     """
+    xp = array_namespace(held.keys)
+    assignments = []
+    for part in chunks(more.counts.shape[1], _BLOCK):
+        block = _part(more, part)
+        # A free place that repeats a leader opens nothing.
+        taken = (block.counts > 0)[:, :, None]
+        block = replace(block, leaders=xp.where(taken, block.leaders, more.leaders[:, :1, :]))  # type: ignore[index]
+        held, assignment = _join_block(held, block, delta, ops)
+        assignments.append(assignment)
+    return held, assignments[0] if len(assignments) == 1 else xp.concat(assignments, axis=1)
+
+
+def _part(means: Means, part: slice) -> Means:
+    return means.each(lambda x: x[:, part, ...])
+
+
+def _join_block(held: Means, more: Means, delta: float, ops: Operations) -> tuple[Means, Array]:
     xp = array_namespace(held.keys)
     wide = held.keys.dtype
     before = n_live(held)
-    held = held.with_each(tokens, lambda a, b: xp.concat([a, xp.zeros_like(b)], axis=1))
-    assignment, opened = ops.assign_leaders(tokens.leaders, held.leaders, before, delta)
-    leaders = append_leaders(held.leaders, before, tokens.leaders, opened)
+    held = held.with_each(more, lambda a, b: xp.concat([a, xp.zeros_like(b)], axis=1))
+    assignment, opened = ops.assign_leaders(more.leaders, held.leaders, before, delta)
+    leaders = append_leaders(held.leaders, before, more.leaders, opened)
     member = assignment[:, :, None] == positions(held.counts.shape[1], held.keys)[None, None, :]
+    weights = xp.astype(more.counts, wide)[:, :, None]
     by_cluster = xp.matrix_transpose(xp.astype(member, wide))
-    added = xp.sum(xp.astype(member, xp.int32), axis=1, dtype=xp.int32)
-    counts = held.counts + added
+    added = xp.sum(xp.where(member, more.counts[:, :, None], xp.zeros_like(more.counts[:, :1, None])), axis=1)
+    counts = held.counts + xp.astype(added, xp.int32)
     old = xp.astype(held.counts, wide)[:, :, None]
     total = xp.astype(xp.where(counts > 0, counts, xp.ones_like(counts)), wide)[:, :, None]
     # Sums of differences from the mean, or from the leader of a cluster that opens: float32 keeps their digits.
     base = xp.where(old > 0, held.keys, xp.astype(leaders, wide, copy=False))
-    difference = tokens.keys - xp.take_along_axis(base, assignment[:, :, None], axis=1)
-    shift = xp.matmul(by_cluster, difference) / total
-    value_difference = tokens.values - xp.take_along_axis(held.values, assignment[:, :, None], axis=1)
-    squares = xp.matmul(by_cluster, band_means(difference * difference))
+    difference = more.keys - xp.take_along_axis(base, assignment[:, :, None], axis=1)
+    shift = xp.matmul(by_cluster, weights * difference) / total
+    value_difference = more.values - xp.take_along_axis(held.values, assignment[:, :, None], axis=1)
+    squares = xp.matmul(by_cluster, weights * (band_means(difference * difference) + more.spread))
     spread = (old * held.spread + squares) / total - band_means(shift * shift)
     return Means(
         keys=base + shift,
-        values=held.values + xp.matmul(by_cluster, value_difference) / total,
+        values=held.values + xp.matmul(by_cluster, weights * value_difference) / total,
         counts=counts,
         spread=xp.where(spread > 0, spread, xp.zeros_like(spread)),
-        importance=held.importance + xp.matmul(by_cluster, tokens.importance[:, :, None])[:, :, 0],
+        importance=held.importance + xp.matmul(by_cluster, more.importance[:, :, None])[:, :, 0],
         leaders=leaders,
     ), assignment

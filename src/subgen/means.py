@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
 from .backends import Operations
@@ -29,14 +29,22 @@ from .budget import Budget, Footprint
 from .clustering import room_for
 from .counter import stream_key
 from .leaders import join_leaders
-from .merging import Means, bands, join, n_live
-from .metric import isotropic_moment, second_moment, unusualness
+from .merging import Means, bands, clusters_of_one, join, n_live
+from .metric import isotropic_moment, second_moment, typical_direction, unusualness
 from .residual import Residual, correct, empty_residual, sample_tokens
 from .rounding import Codes, Dither, dequantize, dither, quantize, round_to
 from .tail import Tail
 from .weighted import join_rows, merge_attention
 
-__all__ = ["ClusterMeans", "MeansState", "Storage"]
+__all__ = [
+    "RESIDUAL_DRAWS",
+    "ClusterMeans",
+    "MeansState",
+    "Storage",
+    "early_weight",
+    "own_copy",
+    "value_scale",
+]
 
 Storage = Literal["input", "int8"]
 
@@ -49,7 +57,7 @@ _VALUE_WEIGHT = 3.0
 # answers depend on it as much (docs/experiments.md).
 _EARLY = 1000.0
 # What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
-_KEYS, _VALUES, _SPREAD, _IMPORTANCE, _RESIDUAL = 3, 4, 5, 6, 7
+_KEYS, _VALUES, _SPREAD, _IMPORTANCE, RESIDUAL_DRAWS = 3, 4, 5, 6, 7
 
 
 @dataclass(frozen=True)
@@ -244,7 +252,7 @@ class ClusterMeans:
         residual = state.residual
         if residual is None:
             raise ValueError("this sketch keeps no residual sample")
-        means = self._means(state, rows.dtype)
+        means = self.means(state, rows.dtype)
         numbers = rows.shape[0] * residual.keys.shape[1] * state.values.shape[-1]
         absorbed = state.n_seen - state.n_exact
         pieces = []
@@ -267,24 +275,51 @@ class ClusterMeans:
         ops: Operations,
     ) -> tuple[MeansState, slice]:
         """Take as many tokens as fit, making room first; return them as a slice."""
-        # Room is made when the next token comes, not when the window fills: whatever the cut, at the same token.
-        if state.n_exact == self.sink + self.window:
-            state = self._absorb(state, heads, ops)
+        state = self.make_room(state, heads, ops)
         filled = state.n_exact
         size = min(keys.shape[1] - start, self.sink + self.window - filled)
         part = slice(start, start + size)
-        if state.tail.filled != filled:
-            state = _own_copy(state)
-        place = state.n_means + filled
-        new_keys = ops.write(state.keys, place, keys[:, part, :])
-        new_values = ops.write(state.values, place, values[:, part, :])
-        queries, asked = state.queries, state.asked
+        codes = None
         skip = max(0, self.sink - filled)  # sinks, which keep no query
+        if rows is not None and size > skip:
+            mine = rows[:, :, start + skip : part.stop, :]
+            codes = ops.quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
+        return self.append(state, keys[:, part, :], values[:, part, :], codes, ops), part
+
+    def make_room(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
+        """Absorb the oldest half of the window if it is full, as the next token needs it.
+
+        Room is made when a token comes, not when the window fills: whatever the cut, at the same token.
+        """
+        return self._absorb(state, heads, ops) if state.n_exact == self.sink + self.window else state
+
+    def append(self, state: MeansState, keys: Array, values: Array, codes: Codes | None, ops: Operations) -> MeansState:
+        """Append tokens that fit behind the exact ones.
+
+        Parameters
+        ----------
+        state
+        keys, values : array, shape (streams, n, dim)
+            No more than there is room for.
+        codes : Codes or None
+            A query of each of them that is no sink.
+        ops : Operations
+
+        Returns
+        -------
+        MeansState
+        """
+        size, filled = keys.shape[1], state.n_exact
+        if state.tail.filled != filled:
+            state = own_copy(state)
+        place = state.n_means + filled
+        new_keys = ops.write(state.keys, place, keys)
+        new_values = ops.write(state.values, place, values)
+        queries, asked = state.queries, state.asked
+        skip = max(0, self.sink - filled)
         if size > skip:
-            asked = asked + (rows is not None,) * (size - skip)
-            if rows is not None:
-                mine = rows[:, :, start + skip : part.stop, :]
-                codes = ops.quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
+            asked = asked + (codes is not None,) * (size - skip)
+            if codes is not None:
                 queries = Codes(
                     ops.write(queries.codes, filled + skip - self.sink, codes.codes),
                     ops.write(queries.scales, filled + skip - self.sink, codes.scales),
@@ -298,58 +333,111 @@ class ClusterMeans:
             n_seen=state.n_seen + size,
             queries=queries,
             asked=asked,
-        ), part
+        )
 
     def _absorb(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
         """Move the oldest half of a full window into the clusters."""
         xp = array_namespace(state.keys)
         wide = compute_dtype(state.keys)
-        first = state.n_means + self.sink
-        leaves = slice(first, first + self.block)
-        window_keys = xp.astype(state.keys[:, first:, :], wide, copy=False)
-        window_values = xp.astype(state.values[:, first:, :], wide, copy=False)
+        sinks = slice(state.n_means, state.n_means + self.sink)
+        leaves = slice(sinks.stop, sinks.stop + self.block)
+        window_keys = xp.astype(state.keys[:, sinks.stop :, :], wide, copy=False)
+        window_values = xp.astype(state.values[:, sinks.stop :, :], wide, copy=False)
+        held = self.means(state, wide)
         tokens = window_keys[:, : self.block, :]
-        held = self._means(state, wide)
-        if any(state.asked):
-            rows = dequantize(state.queries, wide)
-            if not all(state.asked):
-                asked = xp.asarray(list(state.asked), dtype=xp.bool, device=tokens.device)
-                rows = xp.where(asked[None, :, None], rows, xp.zeros_like(rows))
-            metric = second_moment(rows, sum(state.asked))
-        else:
-            metric = isotropic_moment(window_keys, self.scale)
-        unusual = unusualness(window_keys, held.keys, xp.astype(held.counts, wide))
-        leaving = Means(
-            keys=tokens,
-            values=window_values[:, : self.block, :],
-            counts=xp.ones(tokens.shape[:2], dtype=xp.int32, device=tokens.device),
-            spread=xp.zeros((*tokens.shape[:2], bands(tokens.shape[-1])), dtype=wide, device=tokens.device),
-            importance=unusual[:, : self.block] * math.sqrt(_EARLY / state.n_seen),
-            leaders=None if self.delta is None else state.keys[:, leaves, :],
+        typical = typical_direction(window_keys, held.keys, xp.astype(held.counts, wide))
+        leaving = clusters_of_one(
+            tokens,
+            window_values[:, : self.block, :],
+            unusualness(tokens, *typical) * early_weight(state.n_seen),
+            None if self.delta is None else state.keys[:, leaves, :],
         )
-        if self.delta is None:
-            pool = join(held, leaving)
-            joined = xp.broadcast_to(
-                positions(self.block, tokens)[None, :] + held.counts.shape[1], leaving.counts.shape
-            )
-        else:
-            pool, joined = join_leaders(held, leaving, self.delta, ops)
-        places = int(pool.counts.shape[1])
-        most = places
-        if self.budget is not None:
-            most = self.budget.clusters(state.n_seen, self.footprint(state.keys, state.values))
-        merged, moved = ops.merge_closest(pool, metric, _value_scale(window_values), most, min(places, most))
+        pool, joined = self.pool(held, leaving, ops)
+        most = self.most(state, state.n_seen, pool.counts.shape[1])
+        merged, moved = ops.merge_closest(pool, self.metric(state), value_scale(window_values), most, most)
         residual = state.residual
         if residual is not None:
-            key = stream_key(self.seed, _RESIDUAL, heads, ops.threefry2x32)
+            key = stream_key(self.seed, RESIDUAL_DRAWS, heads, ops.threefry2x32)
             offered = state.n_seen - self.sink - self.window
             residual = sample_tokens(
                 residual, state.keys[:, leaves, :], state.values[:, leaves, :], joined, moved, offered, key, ops
             )
-        return self._rebuild(replace(state, residual=residual), merged)
 
-    def _rebuild(self, state: MeansState, means: Means) -> MeansState:
-        """Put new clusters in front, and close the gap that the tokens left."""
+        def left(x: Array) -> list[Array]:
+            """Take out the tokens that leave, and leave as much room at the end."""
+            return [x[:, sinks, :], x[:, leaves.stop :, :], xp.zeros_like(x[:, : self.block, :])]
+
+        def moved_up(x: Array) -> Array:
+            return xp.concat([x[:, self.block :, ...], xp.zeros_like(x[:, : self.block, ...])], axis=1)
+
+        state = replace(
+            state,
+            n_exact=state.n_exact - self.block,
+            queries=Codes(moved_up(state.queries.codes), moved_up(state.queries.scales)),
+            asked=state.asked[self.block :],
+            residual=residual,
+        )
+        return self.rebuild(state, merged, left(state.keys), left(state.values), ops)
+
+    def metric(self, state: MeansState) -> Array:
+        """Which differences of keys matter, by the queries in the window: ``(streams, head_dim, head_dim)``."""
+        xp = array_namespace(state.keys)
+        wide, asked = compute_dtype(state.keys), state.asked
+        if not any(asked):
+            first = state.n_means + self.sink
+            window = state.keys[:, first : state.n_means + state.n_exact, :]
+            return isotropic_moment(xp.astype(window, wide, copy=False), self.scale)
+        rows = dequantize(state.queries, wide)[:, : len(asked), :]
+        if not all(asked):
+            told = xp.asarray(list(asked), dtype=xp.bool, device=state.keys.device)
+            rows = xp.where(told[None, :, None], rows, xp.zeros_like(rows))
+        return second_moment(rows, sum(asked))
+
+    def pool(self, held: Means, more: Means, ops: Operations) -> tuple[Means, Array]:
+        """Add tokens or whole clusters to those held.
+
+        Parameters
+        ----------
+        held, more : Means
+        ops : Operations
+
+        Returns
+        -------
+        means : Means
+            The clusters that are held keep their places.
+        joined : int64 array, shape (streams, places of ``more``)
+            The place where each is now.
+        """
+        if self.delta is not None:
+            return join_leaders(held, more, self.delta, ops)
+        xp = array_namespace(held.keys)
+        joined = positions(more.counts.shape[1], more.keys) + held.counts.shape[1]
+        return join(held, more), xp.broadcast_to(joined[None, :], more.counts.shape)
+
+    def most(self, state: MeansState, n_seen: int, places: int) -> int:
+        """Return how many clusters of a number of places the budget allows after so many tokens."""
+        if self.budget is None:
+            return places
+        return min(places, self.budget.clusters(n_seen, self.footprint(state.keys, state.values)))
+
+    def rebuild(
+        self, state: MeansState, means: Means, keys: list[Array], values: list[Array], ops: Operations
+    ) -> MeansState:
+        """Put new clusters before the exact tokens.
+
+        Parameters
+        ----------
+        state : MeansState
+            All else is right: the numbers of tokens, queries and samples.
+        means : Means
+        keys, values : list of arrays, shape (streams, n, dim)
+            The exact tokens in pieces, and room for as many as fit; in the dtype of the input.
+        ops : Operations
+
+        Returns
+        -------
+        MeansState
+        """
         xp = array_namespace(state.keys)
         dtype = state.keys.dtype
         if self.delta is not None:
@@ -359,38 +447,27 @@ class ClusterMeans:
         def dithered(purpose: int) -> Dither:
             return dither(self.seed, purpose, state.n_seen)
 
-        def moved_up(x: Array, first: int, front: Array) -> Array:
-            """Take the leaving tokens out from ``first`` on, leave as much room at the end, and put a front before."""
-            gap = xp.zeros_like(x[:, : self.block, ...])
-            return xp.concat([front, x[:, :first, ...], x[:, first + self.block :, ...], gap], axis=1)
-
         key_codes, value_codes = state.key_codes, state.value_codes
         if self.storage == "int8":
             key_codes = quantize(means.keys, dtype, dithered(_KEYS))
             value_codes = quantize(means.values, dtype, dithered(_VALUES))
-            keys, values = state.keys[:, :0, :], state.values[:, :0, :]
         else:
-            keys = round_to(means.keys, dtype, dithered(_KEYS))
-            values = round_to(means.values, dtype, dithered(_VALUES))
-        n_exact = state.n_exact - self.block
-        codes, scales = state.queries.codes, state.queries.scales
+            keys = [round_to(means.keys, dtype, dithered(_KEYS)), *keys]
+            values = [round_to(means.values, dtype, dithered(_VALUES)), *values]
         return replace(
             state,
-            keys=moved_up(state.keys[:, state.n_means :, :], self.sink, keys),
-            values=moved_up(state.values[:, state.n_means :, :], self.sink, values),
-            n_exact=n_exact,
+            keys=xp.concat(keys, axis=1),
+            values=xp.concat(values, axis=1),
             counts=means.counts,
             spread=round_to(means.spread, dtype, dithered(_SPREAD)),
             importance=round_to(means.importance, dtype, dithered(_IMPORTANCE)),
             key_codes=key_codes,
             value_codes=value_codes,
             leaders=means.leaders,
-            queries=Codes(moved_up(codes, 0, codes[:, :0, ...]), moved_up(scales, 0, scales[:, :0, ...])),
-            asked=state.asked[self.block :],
-            tail=Tail(n_exact),
+            tail=Tail(state.n_exact),
         )
 
-    def _means(self, state: MeansState, wide: object) -> Means:
+    def means(self, state: MeansState, wide: object) -> Means:
         """Return the clusters in the dtype to compute in."""
         xp = array_namespace(state.keys)
         if state.key_codes is None or state.value_codes is None:
@@ -423,7 +500,7 @@ def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tup
     return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
 
 
-def _own_copy(state: MeansState) -> MeansState:
+def own_copy(state: MeansState) -> MeansState:
     """Copy what is written into: another state has written behind this one."""
     xp = array_namespace(state.keys)
     return replace(
@@ -445,7 +522,12 @@ def _turns(rows: Array, first: int) -> Array:
     return xp.take_along_axis(rows, turn[None, None, :, None], axis=1)[:, 0, :, :]
 
 
-def _value_scale(values: Array) -> Array:
+def early_weight(n_seen: Any) -> Any:
+    """Factor of the importance of a token that is absorbed when so many were seen: a number, or an array."""
+    return (_EARLY / n_seen) ** 0.5
+
+
+def value_scale(values: Array) -> Array:
     """Unit of a distance of values: their mean norm in the window, by weight."""
     xp = array_namespace(values)
     norms = xp.sqrt(xp.sum(values * values, axis=-1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ._array import Array, array_namespace, clip, positions
 
-__all__ = ["Means", "band_means", "bands", "join", "merge_closest", "n_live", "ward_costs"]
+__all__ = ["Means", "band_means", "bands", "clusters_of_one", "join", "merge_closest", "n_live", "ward_costs"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,20 @@ def band_means(x: Array) -> Array:
     """Average over the coordinates of each band: ``(..., head_dim)`` to ``(..., bands)``."""
     xp = array_namespace(x)
     return xp.mean(xp.reshape(x, (*x.shape[:-1], bands(x.shape[-1]), -1)), axis=-1)
+
+
+def clusters_of_one(keys: Array, values: Array, importance: Array, leaders: Array | None = None) -> Means:
+    """Make each token a cluster: ``(streams, n, dim)``, and importance ``(streams, n)``, in float32 or float64."""
+    xp = array_namespace(keys)
+    shape, device = tuple(keys.shape[:2]), keys.device
+    return Means(
+        keys=keys,
+        values=values,
+        counts=xp.ones(shape, dtype=xp.int32, device=device),
+        spread=xp.zeros((*shape, bands(keys.shape[-1])), dtype=keys.dtype, device=device),
+        importance=importance,
+        leaders=leaders,
+    )
 
 
 def join(first: Means, second: Means) -> Means:

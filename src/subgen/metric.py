@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._array import Array, array_namespace, clip
 
-__all__ = ["isotropic_moment", "second_moment", "unusualness"]
+__all__ = ["isotropic_moment", "second_moment", "typical_direction", "unusualness"]
 
 # Added to the second moment of the queries, in units of its mean eigenvalue: a few dozen queries tell little about most
 # directions, so the metric leans towards one that treats all alike (docs/experiments.md).
@@ -13,27 +13,23 @@ _RIDGE = 1.0
 _LEAST_ANGLE = 1e-5
 
 
-def unusualness(keys: Array, held: Array, counts: Array) -> Array:
-    """How far keys point away from the stream's mean direction, in units of its average; to a power, an importance.
-
-    Keys that point elsewhere than most are those that a later query may single out: KeyDiff (arXiv 2504.15364) keeps
-    them and drops the rest. Here they merge last. Attention received so far, which most methods go by, says little of
-    what is asked for later (docs/experiments.md).
+def typical_direction(keys: Array, held: Array, counts: Array) -> tuple[Array, Array]:
+    """Return the stream's mean direction, and how far its tokens point away from it on average.
 
     Parameters
     ----------
-    keys : array, shape (streams, window, head_dim)
-        The recent tokens.
+    keys : array, shape (streams, n, head_dim)
+        Tokens.
     held : array, shape (streams, clusters, head_dim)
-        Mean keys.
+        Mean keys of the others.
     counts : array, shape (streams, clusters)
         Their members; dtype of the keys.
 
     Returns
     -------
-    array, shape (streams, window)
-        The fourth power of ``1 - cos`` over its mean over all tokens, that ratio within [0.3, 5]; 1 where directions
-        differ by no more than the rounding of float32.
+    anchor : array, shape (streams, 1, head_dim)
+    mean : array, shape (streams, 1)
+        Of ``1 - cos``.
     """
     xp = array_namespace(keys)
     fresh, old = _directions(keys), _directions(held)
@@ -42,7 +38,30 @@ def unusualness(keys: Array, held: Array, counts: Array) -> Array:
     away = 1.0 - xp.sum(fresh * anchor, axis=-1)
     old_away = (1.0 - xp.sum(old * anchor, axis=-1)) * counts
     total = xp.sum(away, axis=1, keepdims=True) + xp.sum(old_away, axis=1, keepdims=True)
-    mean = total / (keys.shape[1] + xp.sum(counts, axis=1, keepdims=True))
+    return anchor, total / (keys.shape[1] + xp.sum(counts, axis=1, keepdims=True))
+
+
+def unusualness(keys: Array, anchor: Array, mean: Array) -> Array:
+    """How far keys point away from the stream's mean direction, in units of its average; to a power, an importance.
+
+    Keys that point elsewhere than most are those that a later query may single out: KeyDiff (arXiv 2504.15364) keeps
+    them and drops the rest. Here they merge last. Attention received so far, which most methods go by, says little of
+    what is asked for later (docs/experiments.md).
+
+    Parameters
+    ----------
+    keys : array, shape (streams, n, head_dim)
+    anchor, mean : array, shape (streams, 1, head_dim) and (streams, 1)
+        From `typical_direction`.
+
+    Returns
+    -------
+    array, shape (streams, n)
+        The fourth power of ``1 - cos`` over its mean over all tokens, that ratio within [0.3, 5]; 1 where directions
+        differ by no more than the rounding of float32.
+    """
+    xp = array_namespace(keys)
+    away = 1.0 - xp.sum(_directions(keys) * anchor, axis=-1)
     told = mean > _LEAST_ANGLE
     ratio = xp.where(told, away / xp.where(told, mean, xp.ones_like(mean)), xp.ones_like(away))
     return clip(ratio, 0.3, 5.0) ** 4

@@ -29,9 +29,10 @@ from .sampling import replace as replace_slots
 from .state import Clusters, PaperState, ValueReservoir
 from .weighted import join_rows, merge_attention
 
-__all__ = ["Paper"]
+__all__ = ["CLUSTER_DRAWS", "VALUE_DRAWS", "Paper", "flat", "with_room"]
 
-_CLUSTER_DRAWS, _VALUE_DRAWS = 1, 2
+# What is drawn, told apart; 3 to 7 are those of `subgen.means`.
+CLUSTER_DRAWS, VALUE_DRAWS = 1, 2
 
 # Numbers held at once by the temporaries of a block, per kind.
 _AT_ONCE = 1 << 22
@@ -121,7 +122,7 @@ class Paper:
         log_counts = xp.repeat(log_counts, self.t, axis=-1)[:, None, :]
         log_rates = (_log(reservoir.weight)[:, None] - self._log_norms(reservoir.values))[:, None, :]
         log_rates = xp.astype(log_rates, rows.dtype)
-        samples = _flat(clusters.samples)
+        samples = flat(clusters.samples)
         outputs = []
         per_row = rows.shape[0] * (samples.shape[1] + self.s)
         for part in chunks(rows.shape[1], max(1, 2 * _AT_ONCE // per_row)):
@@ -157,9 +158,9 @@ class Paper:
         before = self.n_clusters(state)
         assignment, opened = ops.assign_leaders(keys, state.clusters.centres, before, self.delta)
         most = int(xp.max(before + xp.sum(xp.astype(opened, xp.int64), axis=-1)))
-        old = _with_room(state.clusters, room_for(most))
+        old = with_room(state.clusters, room_for(most))
         order, start, added = group_tokens(assignment, old.counts.shape[1])
-        key0, key1 = stream_key(self.seed, _CLUSTER_DRAWS, heads, ops.threefry2x32)
+        key0, key1 = stream_key(self.seed, CLUSTER_DRAWS, heads, ops.threefry2x32)
         due, rounds = uniform_rounds(
             old.due,
             old.counts,
@@ -172,7 +173,7 @@ class Paper:
         key_rounds = [xp.reshape(tokens, (streams, -1)) for tokens in rounds]
         samples = old.samples
         if key_rounds:
-            samples = xp.reshape(replace_slots(_flat(samples), keys, latest(key_rounds, n)), samples.shape)
+            samples = xp.reshape(replace_slots(flat(samples), keys, latest(key_rounds, n)), samples.shape)
         centres = append_leaders(old.centres, before, keys, opened)
         clusters = Clusters(centres, old.counts + added, samples, due)
 
@@ -180,7 +181,7 @@ class Paper:
         reservoir = state.reservoir
         totals = xp.concat([reservoir.weight[:, None], _squared_norms(values)], axis=1)
         totals = xp.cumulative_sum(totals, axis=1)[:, 1:]
-        key0, key1 = stream_key(self.seed, _VALUE_DRAWS, heads, ops.threefry2x32)
+        key0, key1 = stream_key(self.seed, VALUE_DRAWS, heads, ops.threefry2x32)
         due, value_rounds = weighted_rounds(
             reservoir.due, totals, state.n_seen, (key0[:, None], key1[:, None]), ops.threefry2x32
         )
@@ -211,7 +212,7 @@ class Paper:
             return ops.weighted_attention(rows, content, value, xp.tile(bias, (1, group, 1)))
 
         denominator = None
-        for content, held in _contents([_flat(old.samples)], [keys], key_rounds, n):
+        for content, held in _contents([flat(old.samples)], [keys], key_rounds, n):
             piece = partial(content[0], content[0][..., :1], log_counts, held)
             denominator = piece if denominator is None else merge_attention(denominator, piece)
         numerator = None
@@ -239,7 +240,7 @@ def _contents(held: list[Array], block: list[Array], rounds: list[Array], n: int
     return contents
 
 
-def _with_room(clusters: Clusters, capacity: int) -> Clusters:
+def with_room(clusters: Clusters, capacity: int) -> Clusters:
     """Pad the arrays of the clusters to a capacity; a cluster that has not opened is due at its first member."""
     extra = capacity - clusters.counts.shape[1]
     if extra <= 0:
@@ -253,7 +254,7 @@ def _with_room(clusters: Clusters, capacity: int) -> Clusters:
     return Clusters(pad(clusters.centres), pad(clusters.counts), pad(clusters.samples), pad(clusters.due, 1))
 
 
-def _flat(samples: Array) -> Array:
+def flat(samples: Array) -> Array:
     """Join clusters and slots: ``(streams, clusters, t, head_dim)`` to ``(streams, clusters * t, head_dim)``."""
     xp = array_namespace(samples)
     return xp.reshape(samples, (samples.shape[0], -1, samples.shape[-1]))

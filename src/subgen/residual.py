@@ -18,10 +18,10 @@ from ._array import Array, array_namespace, clip, positions
 from .backends import Operations
 from .mass import half_variance, log_weights
 from .merging import Means
-from .sampling import latest, uniform_rounds
+from .sampling import drawn_places, latest, next_count, uniform_rounds
 from .sampling import replace as replace_slots
 
-__all__ = ["Residual", "correct", "empty_residual", "sample_tokens"]
+__all__ = ["Residual", "correct", "empty_residual", "join_samples", "sample_tokens"]
 
 # The corrected denominator is at least this share of the one it corrects: an estimate below is noise.
 _LEAST_MASS = 0.1
@@ -116,6 +116,64 @@ def sample_tokens(
             values=replace_slots(residual.values, values, token),
         )
     return replace(kept, cluster=xp.astype(xp.take_along_axis(moved, place, axis=1), xp.int32))
+
+
+def join_samples(
+    first: Residual,
+    second: Residual,
+    keys: Array,
+    values: Array,
+    absorbed: tuple[int, int],
+    joined: Array,
+    moved: Array,
+    drawn: tuple[Array, Array],
+) -> Residual:
+    """Sample the tokens behind the clusters of two streams, the second after the first, and of tokens between them.
+
+    Every slot chooses one of all those tokens uniformly. A token in between it takes; for one of a stream, it takes
+    what the slot of that stream holds, which is uniform over its tokens. It is due as if replaced by the last token.
+
+    Parameters
+    ----------
+    first, second : Residual
+    keys, values : array, shape (streams, n, dim)
+        The tokens in between.
+    absorbed : (int, int)
+        Tokens behind the clusters of the first and of the second.
+    joined : int64 array, shape (streams, n + clusters of the second)
+        Place of the cluster of each token in between and of each cluster of the second, before closest pairs merged.
+        Clusters of the first keep theirs.
+    moved : int64 array, shape (streams, places)
+        The new place of each cluster; see `subgen.merging.merge_closest`.
+    drawn : (int64 array, int64 array)
+        Draws of each slot, see `subgen.counter.draws`, to choose by and for the next replacement: ``(streams, slots)``.
+
+    Returns
+    -------
+    Residual
+    """
+    xp = array_namespace(keys)
+    n = keys.shape[1]
+    total = xp.zeros_like(drawn[0]) + (absorbed[0] + n + absorbed[1])
+    token = drawn_places(total, drawn[0]) - absorbed[0]
+    of_first, of_second = token < 0, token >= n
+    token = xp.where(of_first | of_second, xp.full_like(token, n), token)
+
+    def chosen(a: Array, between: Array, b: Array) -> Array:
+        held = xp.where(of_first[:, :, None], a, b)
+        return replace_slots(held, between, token)
+
+    place = chosen(
+        xp.astype(first.cluster, xp.int64)[:, :, None],
+        joined[:, :n, None],
+        xp.take_along_axis(joined[:, n:], xp.astype(second.cluster, xp.int64), axis=1)[:, :, None],
+    )[:, :, 0]
+    return Residual(
+        keys=chosen(first.keys, keys, second.keys),
+        values=chosen(first.values, values, second.values),
+        cluster=xp.astype(xp.take_along_axis(moved, place, axis=1), xp.int32),
+        due=next_count(total, drawn[1]),
+    )
 
 
 def correct(

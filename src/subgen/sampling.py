@@ -17,7 +17,16 @@ from __future__ import annotations
 from ._array import Array, array_namespace, positions
 from .counter import DRAW_BITS, Threefry, draws
 
-__all__ = ["first_reaching", "group_tokens", "latest", "replace", "uniform_rounds", "weighted_rounds"]
+__all__ = [
+    "drawn_places",
+    "first_reaching",
+    "group_tokens",
+    "latest",
+    "next_count",
+    "replace",
+    "uniform_rounds",
+    "weighted_rounds",
+]
 
 
 def first_reaching(ascending: Array, targets: Array) -> Array:
@@ -131,10 +140,44 @@ def uniform_rounds(
         token = xp.take_along_axis(order, xp.reshape(place, (streams, -1)), axis=-1)
         rounds.append(xp.where(hit, xp.reshape(token, due.shape), xp.full_like(due, n)))
         drawn = _draw(hit, key, slots, due, threefry)
-        skipped = (due << DRAW_BITS) // xp.where(hit, drawn, xp.ones_like(drawn)) + 1
+        skipped = next_count(due, xp.where(hit, drawn, xp.ones_like(drawn)))
         due = xp.where(hit, skipped, due)
         hit = due <= end
     return due, rounds
+
+
+def next_count(counts: Array, drawn: Array) -> Array:
+    """The count at which a slot is next replaced if it holds a uniform sample of so many: ``floor(n / u) + 1``.
+
+    Parameters
+    ----------
+    counts : int64 array
+    drawn : int64 array
+        From `subgen.counter.draws`.
+
+    Returns
+    -------
+    int64 array
+    """
+    return (counts << DRAW_BITS) // drawn + 1
+
+
+def drawn_places(counts: Array, drawn: Array) -> Array:
+    """Draw one of so many places: integers from 0 to ``counts - 1``, each as likely; 0 where there is none.
+
+    By this a slot of a joined stream chooses a token, and holds what the slot of the part that has this token holds.
+
+    Parameters
+    ----------
+    counts : int64 array
+    drawn : int64 array
+        From `subgen.counter.draws`.
+
+    Returns
+    -------
+    int64 array
+    """
+    return (counts * drawn) >> DRAW_BITS
 
 
 def weighted_rounds(

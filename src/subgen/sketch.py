@@ -291,6 +291,12 @@ class AttentionSketch:
             raise RuntimeError("this sketch has seen tokens already; resume with a new one")
         self._layout, self._state = layout, state
 
+    def continued(self, layout: Layout | None, state: Any) -> AttentionSketch:
+        """Return a new sketch of the same parameters that goes on from a state; this one is as it was."""
+        other = copy.copy(self)
+        other._layout, other._state = layout, state
+        return other
+
     def save(self, path: str | Path) -> None:
         """Write the sketch to a file, to go on later with `subgen.load`: exactly, on any library.
 
@@ -478,10 +484,8 @@ class AttentionSketch:
         xp = array_namespace(index)
         inner = layout.streams // layout.leading[0]
         streams = xp.reshape(index[:, None] * inner + positions(inner, layout.example)[None, :], (-1,))
-        other = copy.copy(self)
-        other._layout = replace(layout, leading=(index.shape[0], *layout.leading[1:]))
-        other._state = _take_streams(self._state, streams)
-        return other
+        taken = replace(layout, leading=(index.shape[0], *layout.leading[1:]))
+        return self.continued(taken, _take_streams(self._state, streams))
 
     def _scaled(self, queries: Array) -> Array:
         xp = array_namespace(queries)

@@ -1,0 +1,117 @@
+"""The state of Algorithm 1 for one stream after another, from those of the two.
+
+Clusters of the second whose representative lies within ``delta`` of one of the first join the nearest such cluster,
+whole; the others open. Every slot chooses a token of the joined stream, uniformly or by squared norm, and takes
+what the same slot holds in the part that has this token.
+"""
+
+from __future__ import annotations
+
+from ._array import Array, array_namespace, chunks, positions
+from .backends import Operations
+from .clustering import append_leaders, room_for
+from .counter import DRAW_BITS, draws, stream_key
+from .paper import CLUSTER_DRAWS, VALUE_DRAWS, Paper, flat, with_room
+from .sampling import drawn_places, first_reaching, group_tokens, next_count
+from .state import Clusters, PaperState, ValueReservoir
+
+__all__ = ["join_paper"]
+
+# What is drawn, told apart from the draws of `subgen.paper` and `subgen.means`.
+_CLUSTER_CHOICES, _VALUE_CHOICES = 8, 9
+# Clusters of the second that are assigned at once.
+_BLOCK = 512
+
+
+def join_paper(method: Paper, first: PaperState, second: PaperState, heads: Array, ops: Operations) -> PaperState:
+    """Join the states of two streams, the second after the first.
+
+    Whatever the seeds of the two, each slot holds any token with the right probability, and the slots of a cluster are
+    independent, as are those of the values: a slot chooses by a draw of its own number at the length of the joined
+    stream, at which neither has drawn, and what it holds in either part comes from draws of its number alone.
+
+    Parameters
+    ----------
+    method : Paper
+        That of the first, which draws by its seed.
+    first, second : PaperState
+    heads : int64 array, shape (streams,)
+        See `subgen.method.Method.update`.
+    ops : Operations
+
+    Returns
+    -------
+    PaperState
+    """
+    clusters = _join_clusters(method, first, second, heads, ops)
+    n_seen = first.n_seen + second.n_seen
+    reservoir = _join_values(method, first.reservoir, second.reservoir, n_seen, heads, ops)
+    return PaperState(clusters, reservoir, n_seen)
+
+
+def _join_clusters(method: Paper, first: PaperState, second: PaperState, heads: Array, ops: Operations) -> Clusters:
+    xp = array_namespace(first.clusters.counts)
+    other = second.clusters
+    old, assignment = _assign(method, first, other, ops)
+    places, t = int(old.counts.shape[1]), method.t
+    # Clusters of the second in the order of what they joined, and the members up to each.
+    order, start, added = group_tokens(assignment, places)
+    members = xp.cumulative_sum(xp.take_along_axis(other.counts, order, axis=1), axis=1, include_initial=True)
+    before = xp.take_along_axis(members, start, axis=1)
+    counts = old.counts + xp.take_along_axis(members, start + added, axis=1) - before
+
+    slots = xp.reshape(positions(places * t, counts), (1, places, t))
+
+    def drawn(purpose: int) -> Array:
+        key0, key1 = stream_key(method.seed, purpose, heads, ops.threefry2x32)
+        return draws((key0[:, None, None], key1[:, None, None]), slots, counts[:, :, None], ops.threefry2x32)
+
+    token = drawn_places(counts[:, :, None], drawn(_CLUSTER_CHOICES)) - old.counts[:, :, None]
+    taken = (token >= 0) & (counts > 0)[:, :, None]
+    rank = xp.where(taken, before[:, :, None] + token, xp.zeros_like(token))
+    rank = first_reaching(members[:, 1:], xp.reshape(rank + 1, (rank.shape[0], -1)))
+    source = xp.take_along_axis(order, rank, axis=1)
+    slot = source * t + xp.reshape(slots, (1, -1)) % t
+    fresh = xp.take_along_axis(flat(other.samples), slot[:, :, None], axis=1)
+    samples = xp.where(taken[..., None], xp.reshape(fresh, old.samples.shape), old.samples)
+    return Clusters(old.centres, counts, samples, next_count(counts[:, :, None], drawn(CLUSTER_DRAWS)))
+
+
+def _assign(method: Paper, first: PaperState, other: Clusters, ops: Operations) -> tuple[Clusters, Array]:
+    """Assign the clusters of the second by their representatives; return those of the first, with what opened."""
+    xp = array_namespace(other.counts)
+    # Places that are free repeat a representative: they open nothing.
+    centres = xp.where((other.counts > 0)[:, :, None], other.centres, other.centres[:, :1, :])
+    held, before, assignments = first.clusters, method.n_clusters(first), []
+    for part in chunks(centres.shape[1], _BLOCK):
+        block = centres[:, part, :]
+        assignment, opened = ops.assign_leaders(block, held.centres, before, method.delta)
+        after = before + xp.sum(xp.astype(opened, xp.int64), axis=-1)
+        held = with_room(held, room_for(int(xp.max(after))))
+        leaders = append_leaders(held.centres, before, block, opened)
+        held, before = Clusters(leaders, held.counts, held.samples, held.due), after
+        assignments.append(assignment)
+    return held, xp.concat(assignments, axis=1)
+
+
+def _join_values(
+    method: Paper, first: ValueReservoir, second: ValueReservoir, n_seen: int, heads: Array, ops: Operations
+) -> ValueReservoir:
+    xp = array_namespace(first.keys)
+    weight = (first.weight + second.weight)[:, None]
+    slots = positions(method.s, weight)[None, :]
+
+    def uniform(purpose: int, number: int) -> Array:
+        key0, key1 = stream_key(method.seed, purpose, heads, ops.threefry2x32)
+        drawn = draws((key0[:, None], key1[:, None]), slots, xp.zeros_like(slots) + number, ops.threefry2x32)
+        return xp.astype(drawn, xp.float64) * 2.0**-DRAW_BITS
+
+    taken = uniform(_VALUE_CHOICES, n_seen) * weight >= first.weight[:, None]
+    # As if the last token had replaced it.
+    due = weight / uniform(VALUE_DRAWS, n_seen - 1)
+    return ValueReservoir(
+        keys=xp.where(taken[:, :, None], second.keys, first.keys),
+        values=xp.where(taken[:, :, None], second.values, first.values),
+        due=xp.where(weight > 0, due, first.due),
+        weight=weight[:, 0],
+    )
