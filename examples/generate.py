@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import matplotlib
 import torch
 import typer
+from adjustText import adjust_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -74,24 +75,27 @@ def draw_plot(scores: dict[str, dict[str, Score]], exact: Score, path: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(scores), figsize=(6 * len(scores), 5), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(scores), figsize=(7 * len(scores), 6), squeeze=False, sharey=True)
+    labels: dict[Any, list[Any]] = {}
     for axis, (budget, methods) in zip(axes[0], scores.items(), strict=True):
         # One label for methods at one place; those that keep every later token have bytes of their own.
         places: dict[tuple[float, float], list[str]] = {}
         for name, it in methods.items():
             if not name.endswith("(growing)"):
                 places.setdefault((round(it.text_loss, 3), round(it.digit_loss, 2)), []).append(name)
-        for number, (place, names) in enumerate(sorted(places.items())):
-            axis.scatter(*place, color="tab:red" if "subgen" in names else "tab:gray", s=25)
-            above = (4, 5 + 9 * (number % 3)) if number % 2 else (4, -9 - 9 * (number % 3))
-            axis.annotate(", ".join(names), place, fontsize=7, xytext=above, textcoords="offset points")
         axis.set_yscale("log")
+        axis.margins(0.08)
+        colors = ["tab:red" if "subgen" in names else "tab:gray" for names in places.values()]
+        axis.scatter(*zip(*places, strict=True), color=colors, s=25)
+        labels[axis] = [axis.text(*place, ", ".join(names), fontsize=7) for place, names in places.items()]
         axis.axvline(exact.text_loss, linestyle=":", color="black")
         axis.axhline(exact.digit_loss, linestyle=":", color="black", label="exact cache")
         axis.set(title=f"{float(budget):.0%} of the pairs", xlabel="loss on text (nats a byte)")
     axes[0, 0].set_ylabel("loss on digits (nats a digit)")
     axes[0, 0].legend()
     figure.tight_layout()
+    for axis, texts in labels.items():
+        adjust_text(texts, ax=axis, expand=(1.2, 1.7), arrowprops={"arrowstyle": "-", "color": "tab:gray", "lw": 0.5})
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -43,10 +43,10 @@ class Budget:
         window, clusters = self.window, self.max_clusters
         if clusters is None:
             pairs = int((1.0 - (self.compression_ratio or 0.0)) * first + 0.5)
-            # Three quarters of what the sinks leave are for clusters: a window alone would be no summary.
-            window = min(window, (pairs - self.sink) // 4)
+            # Most of what the sinks leave is for clusters (docs/howto/transformers.md says what other shares gave).
+            window = min(window, max(2, (pairs - self.sink) // 6))
             clusters = pairs - self.sink - window
-            if window < 2:
+            if clusters < 6:
                 raise ValueError(
                     f"compression_ratio={self.compression_ratio:g} leaves {pairs} pairs of a prompt of {first} tokens: "
                     f"at least {self.sink + 8} are needed for sink={self.sink}, a window of 2 and 6 clusters. Use a "

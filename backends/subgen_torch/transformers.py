@@ -92,7 +92,7 @@ class SubGenCache(Cache):
     compression_ratio : float or sequence of float, optional
         Instead: the share of (key, value) pairs *removed*, in ``[0, 1)``. ``(1 - ratio)`` times the tokens of the
         first call, the prompt, is the number of pairs from then on, sinks and window included; the window shrinks to
-        leave three quarters of them to clusters. A prompt that comes in chunks needs ``max_clusters``.
+        leave five sixths of them to clusters. A prompt that comes in chunks needs ``max_clusters``.
     window : int
         Last tokens kept exactly.
     sink : int
