@@ -36,7 +36,7 @@ from .rounding import Codes, Dither, dequantize, dither, quantize, round_to
 from .tail import Tail
 from .weighted import join_rows, merge_attention
 
-__all__ = ["ClusterMeans", "MeansState", "Storage"]
+__all__ = ["ClusterMeans", "MeansState", "Storage", "clear_room"]
 
 Storage = Literal["input", "int8"]
 
@@ -273,8 +273,8 @@ class ClusterMeans:
         filled = state.n_exact
         size = min(keys.shape[1] - start, self.sink + self.window - filled)
         part = slice(start, start + size)
-        if state.tail.filled != filled:
-            state = _own_copy(state)
+        if not state.tail.claim(filled, filled + size):
+            state = _own_copy(state, filled + size)
         place = state.n_means + filled
         new_keys = ops.write(state.keys, place, keys[:, part, :])
         new_values = ops.write(state.values, place, values[:, part, :])
@@ -289,7 +289,6 @@ class ClusterMeans:
                     ops.write(queries.codes, filled + skip - self.sink, codes.codes),
                     ops.write(queries.scales, filled + skip - self.sink, codes.scales),
                 )
-        state.tail.filled = filled + size
         return replace(
             state,
             keys=new_keys,
@@ -336,8 +335,9 @@ class ClusterMeans:
         places = int(pool.counts.shape[1])
         most = places
         if self.budget is not None:
-            most = self.budget.clusters(state.n_seen, self.footprint(state.keys, state.values))
-        merged, moved = ops.merge_closest(pool, metric, _value_scale(window_values), most, min(places, most))
+            # A budget may be any number; what libraries count with is not.
+            most = min(places, self.budget.clusters(state.n_seen, self.footprint(state.keys, state.values)))
+        merged, moved = ops.merge_closest(pool, metric, _value_scale(window_values), most, most)
         residual = state.residual
         if residual is not None:
             key = stream_key(self.seed, _RESIDUAL, heads, ops.threefry2x32)
@@ -422,14 +422,34 @@ def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tup
     return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
 
 
-def _own_copy(state: MeansState) -> MeansState:
-    """Copy what is written into: another state has written behind this one."""
+def _own_copy(state: MeansState, filled: int) -> MeansState:
+    """Copy what is written into, up to ``filled``: another state has written behind this one."""
     xp = array_namespace(state.keys)
     return replace(
         state,
         keys=xp.asarray(state.keys, copy=True),
         values=xp.asarray(state.values, copy=True),
         queries=Codes(xp.asarray(state.queries.codes, copy=True), xp.asarray(state.queries.scales, copy=True)),
+        tail=Tail(filled),
+    )
+
+
+def clear_room(state: MeansState) -> MeansState:
+    """Return the same state in arrays of its own, with zeros where it holds nothing.
+
+    In their room another state may have written, or be writing.
+    """
+    xp = array_namespace(state.keys)
+
+    def cleared(x: Array, used: int) -> Array:
+        return xp.concat([x[:, :used, ...], xp.zeros_like(x[:, used:, ...])], axis=1)
+
+    used = state.n_means + state.n_exact
+    return replace(
+        state,
+        keys=cleared(state.keys, used),
+        values=cleared(state.values, used),
+        queries=Codes(*(cleared(x, len(state.asked)) for x in (state.queries.codes, state.queries.scales))),
         tail=Tail(state.n_exact),
     )
 
