@@ -1,9 +1,10 @@
 """Do means in 16 and 8 bits follow a long stream, or stall? Does memory stay? ``make drift`` and ``make soak``.
 
-The keys and values of each stream wander: the mean of the second half differs from that of the first. Merging keeps
-the sum of all members, so ``sum of n * mean`` over the clusters must be the sum of the tokens; how far it is off, in
-units of the root mean square of a value, is what rounding has lost. Beside it, the error of answers against exact
-attention over the whole stream, the bytes of the sketch, and the memory of the process.
+The keys and values of each stream wander, and jump back when it is measured: later tokens are not like earlier ones,
+and what is measured later is of the same kind. Merging keeps the sum of all members, so ``sum of n * mean`` over the
+clusters must be the sum of the tokens; how far it is off, in units of the root mean square of a value, is what rounding
+has lost. Beside it, the error of answers against exact attention over the whole stream, the bytes of the sketch, and
+the memory of the process.
 
 ``make soak`` streams ten million tokens and fails where bytes, memory, drift or error grow along the way.
 """
@@ -27,6 +28,8 @@ import subgen
 from subgen.weighted import merge_attention, weighted_attention
 
 BLOCK = 10_000
+# Of the root mean square of a value: what dithered rounding may lose, far below the error of merging.
+_MOST_OFF = 0.1
 CASES = (("float32", "input"), ("float16", "input"), ("float32", "int8"), ("float16", "int8"))
 
 
@@ -46,7 +49,7 @@ class Measured:
 def run(
     tokens: int, streams: int, clusters: int, window: int, head_dim: int, shown: tuple[int, ...]
 ) -> Iterator[Measured]:
-    """Stream, and measure every case at the numbers of tokens shown: multiples of a block."""
+    """Stream, and measure every case at the numbers of tokens shown: multiples of the first, which is one of a block."""
     sketches = {case: subgen.AttentionSketch(clusters, window=window, storage=case[1]) for case in CASES}
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(streams, 40, head_dim))
@@ -54,7 +57,7 @@ def run(
     exact = None
     total, squares = np.zeros((2, streams, head_dim)), 0.0
     for start in range(0, tokens, BLOCK):
-        drift = 0.5 * start / tokens
+        drift = 0.5 * (start % shown[0]) / shown[0]
         keys = centres[:, rng.integers(0, 40, BLOCK)] + 0.5 * rng.normal(size=(streams, BLOCK, head_dim)) + drift
         values = rng.normal(size=(streams, BLOCK, head_dim)) + drift
         # What a float16 stream holds, for every case: only the means differ.
@@ -101,15 +104,15 @@ def grown(measured: list[Measured]) -> list[str]:
     for case in CASES:
         own = [one for one in measured if one.case == case]
         first, name = own[0], " ".join(case)
-        for one in own[1:]:
+        for one in own:
             at = f"{name} at {one.tokens:,} tokens:"
             if one.nbytes != first.nbytes:
                 found.append(f"{at} {one.nbytes:,} bytes, were {first.nbytes:,}")
             if one.resident > 1.05 * first.resident:
                 found.append(f"{at} {one.resident:,} bytes in memory, were {first.resident:,}")
-            if max(one.key_off, one.value_off) > max(2 * max(first.key_off, first.value_off), 1e-3):
+            if max(one.key_off, one.value_off) > _MOST_OFF:
                 found.append(f"{at} keys off by {one.key_off:.1e} and values by {one.value_off:.1e}")
-            if one.error > 1.25 * first.error:
+            if one.error > 1.1 * first.error:
                 found.append(f"{at} error {one.error:.4f}, was {first.error:.4f}")
     return found
 

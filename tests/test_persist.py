@@ -47,12 +47,29 @@ def test_resumed_equals_uninterrupted_bit_for_bit(variant: str, tmp_path: Path) 
         saved.save(tmp_path / "sketch.safetensors")
         resumed = subgen.load(tmp_path / "sketch.safetensors")
         assert repr(resumed) == repr(saved)
-        for sketch in (resumed, copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
+        for sketch in (resumed, copy.copy(saved), copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
             sketch.update(k[..., cut:, :], v[..., cut:, :], q[..., cut:, :])
             np.testing.assert_array_equal(sketch.attend(q), whole.attend(q))
             assert sketch.nbytes == whole.nbytes
             if variant != "paper":
                 assert_same(sketch.state, whole.state)
+
+
+@pytest.mark.parametrize("variant", ["default", "paper", "everything"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_saves_and_copies_sketches(variant: str, dtype: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.asarray(x).to(getattr(torch, dtype)) for x in stream(0, (2,), 90))
+    whole, saved = make(variant), make(variant)
+    whole.update(k, v, q)
+    saved.update(k[:, :47], v[:, :47], q[:, :47])
+    torch.save(saved, tmp_path / "sketch.pt")
+    loaded = torch.load(tmp_path / "sketch.pt", weights_only=False)
+    for sketch in (loaded, copy.copy(saved), copy.deepcopy(saved), pickle.loads(pickle.dumps(saved)), saved):
+        sketch.update(k[:, 47:], v[:, 47:], q[:, 47:])
+        assert torch.equal(sketch.attend(q), whole.attend(q))
+        if variant != "paper":
+            assert_same(sketch.state, whole.state)
 
 
 @pytest.mark.parametrize("variant", ["default", "paper", "everything"])
