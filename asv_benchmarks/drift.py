@@ -49,7 +49,7 @@ class Measured:
 def run(
     tokens: int, streams: int, clusters: int, window: int, head_dim: int, shown: tuple[int, ...]
 ) -> Iterator[Measured]:
-    """Stream, and measure every case at the numbers of tokens shown: multiples of the first, which is one of a block."""
+    """Stream, and measure every case at the numbers of tokens shown: multiples of the first, and that of a block."""
     sketches = {case: subgen.AttentionSketch(clusters, window=window, storage=case[1]) for case in CASES}
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(streams, 40, head_dim))

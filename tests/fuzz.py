@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import re
-import resource
 import signal
 import struct
 import sys
@@ -440,16 +439,24 @@ def attempt(kind: str, data: bytes, rng: Rng, folder: Path) -> str:
     return try_sketch(path, rng) if kind.startswith("sketch") else try_capture(path)
 
 
+class TooLongError(BaseException):
+    """An input takes too long; no `Exception`, which the readers turn into a refusal."""
+
+
 @contextlib.contextmanager
 def limited() -> Iterator[Callable[[], None]]:
     """Bound memory, and give a function that starts the clock of an input."""
+    import resource
 
     def too_long(*_: object) -> None:
-        raise TimeoutError(f"more than {SECONDS:g} s")
+        raise TooLongError(f"more than {SECONDS:g} s")
+
+    def start() -> None:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
 
     signal.signal(signal.SIGALRM, too_long)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    yield lambda: signal.setitimer(signal.ITIMER_REAL, SECONDS) and None
+    yield start
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -468,7 +475,7 @@ def main(
             start()
             try:
                 counts[kind, attempt(kind, data, rng, Path(folder))] += 1
-            except Exception as error:
+            except (Exception, TooLongError) as error:
                 bugs.append(number)
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 print(

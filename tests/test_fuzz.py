@@ -24,6 +24,7 @@ from subgen.files import FileError, read_capture
 from subgen.persist import FORMAT, _checksum
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="bounds memory and time by POSIX")
 def test_some_hundred_mutated_files() -> None:
     """In a process of its own, whose memory is bounded; many more: ``make fuzz``."""
     done = subprocess.run([sys.executable, fuzz.__file__, "--inputs", "500"], capture_output=True, text=True)

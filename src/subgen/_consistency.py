@@ -61,6 +61,7 @@ def check_sizes(
         }
         if method.residual_samples:
             expected["residual.keys"] = (streams, method.residual_samples, head_dim)
+            expected["residual.values"] = (streams, method.residual_samples, value_dim)
     for name, shape in expected.items():
         if name not in arrays:
             raise FileError(f"holds no sketch: {name} is missing")
