@@ -318,7 +318,7 @@ def npz_capture(rng: Rng, arrays: Tensors) -> bytes:
             names = (name, f"../{name}.npy", f"{name}.NPY", f"{name}/", "x.npy")
             for _ in range(2 if rng.random() < 0.05 else 1):
                 member = pick(rng, names) if rng.random() < 0.05 else f"{name}.npy"
-                archive.writestr(member, npy(rng, x) if name == changed else npy_of(x))
+                archive.writestr(member or "nameless", npy(rng, x) if name == changed else npy_of(x))
         if rng.random() < 0.1:
             archive.writestr(pick(rng, ("q", "more.npy", "a/b", "q.npy/")), b"what")
         if rng.random() < 0.01:
@@ -471,9 +471,10 @@ def main(
     with tempfile.TemporaryDirectory() as folder, limited() as start, np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of overflow, and of archives of odd make
         for number in range(first, first + inputs):
-            kind, data, rng = build(number)
             start()
+            kind = "not made"
             try:
+                kind, data, rng = build(number)
                 counts[kind, attempt(kind, data, rng, Path(folder))] += 1
             except (Exception, TooLongError) as error:
                 bugs.append(number)

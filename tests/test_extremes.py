@@ -97,7 +97,7 @@ def test_answers_are_finite_and_means_of_values(dtype: str, name: str, variant: 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_constant_stream_is_its_constant(dtype: str) -> None:
-    """However long: dithered means stay exactly where every member is."""
+    """Dithered means stay exactly where every member is."""
     torch = pytest.importorskip("torch")
     for number in (65504.0, 0.1, 2.0**-24, -3.0, 0.0):
         x = torch.full((1, 200, 4), number, dtype=getattr(torch, dtype))
