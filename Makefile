@@ -1,5 +1,5 @@
-# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, drift, examples, and
-# test-gpu and bench-gpu where there is a GPU. Every target makes its environment first, but those two: they run in one
+# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, drift, examples; fuzz,
+# kills and soak, which take long; and test-gpu and bench-gpu where there is a GPU. Every target makes its environment first, but those two: they run in one
 # that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ SITE := build/docs
 PORT ?= 8000
 
 .PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream drift \
-  examples examples-rivals test-gpu bench-gpu clean
+  fuzz kills soak examples examples-rivals test-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
@@ -72,6 +72,21 @@ long-stream: $(VENV)/.demo
 
 drift: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/drift.py
+
+# Mutated files, as many as INPUTS, and long runs of the pool of sketches: docs/howto/save.md.
+INPUTS ?= 100000
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz.py --inputs $(INPUTS)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/test_stateful.py tests/test_persist.py
+
+# A process that saves, killed as often as KILLS.
+KILLS ?= 1000
+kills: $(VENV)/.test
+	$(BIN)/python tests/kills.py kill --times $(KILLS)
+
+# Ten million tokens: memory, drift and error must not grow.
+soak: $(VENV)/.demo
+	$(BIN)/python asv_benchmarks/drift.py --tokens 10000000 --rows 10 --streams 1 --window 512
 
 examples: $(VENV)/.test
 	$(BIN)/python examples/generate.py --rivals build/rivals.json --plot build/generate.png

@@ -19,6 +19,10 @@ _HELP = (
     "expected an .npz or .safetensors file with floating arrays q, k and v, each of shape "
     "(streams, tokens, head_dim); q may have a multiple of the streams of k"
 )
+# An .npz may unpack to this many bytes, or to this many times its own: more is no capture, but a file made to fill
+# the memory.
+_UNPACKED = 1 << 30
+_RATIO = 32
 
 
 class FileError(ValueError):
@@ -59,12 +63,11 @@ def read_capture(path: str | Path) -> Capture:
     if reader is None:
         raise FileError(f"{path}: cannot read files ending in {path.suffix!r}; {_HELP}")
     try:
-        arrays = reader(path)
+        return _as_capture(path, reader(path))
     except FileError:
         raise
     except Exception as error:  # whatever a broken file makes the readers raise
         raise FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}") from error
-    return _as_capture(path, arrays)
 
 
 def sample() -> Capture:
@@ -110,7 +113,15 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     if not zipfile.is_zipfile(path):
         raise FileError(f"{path}: not an .npz file (no zip archive), or cut short; {_HELP}")
     with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in _wanted(path, archive.files)}
+        names = _wanted(path, archive.files)
+        packed = path.stat().st_size
+        unpacked = sum(one.file_size for one in archive.zip.infolist() if one.filename.removesuffix(".npy") in names)
+        if unpacked > max(_UNPACKED, _RATIO * packed):
+            raise FileError(
+                f"{path}: {packed:,} bytes that would unpack to {unpacked:,}, far more than keys and values do; "
+                f"write it with numpy.savez if it is what you want"
+            )
+        return {name: archive[name] for name in names}
 
 
 def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
@@ -147,14 +158,18 @@ def from_bfloat16(words: NDArray[np.uint16]) -> NDArray[np.float32]:
 def _wanted(path: Path, found: list[str]) -> list[str]:
     """Return the names to read; other arrays in the file are left alone."""
     wanted = [name for name in found if name in ("q", "k", "v")]
+    if len(wanted) > len({*wanted}):
+        raise FileError(f"{path}: holds an array twice: {sorted(wanted)}; {_HELP}")
     if len(wanted) < 3:
         raise FileError(f"{path}: holds {sorted(found) or 'nothing'} and lacks {sorted({*'qkv'} - {*wanted})}; {_HELP}")
     return wanted
 
 
 def _as_capture(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Capture:
+    # In the byte order of this machine, as other libraries have no other.
+    arrays = {name: np.asarray(array, dtype=array.dtype.newbyteorder("=")) for name, array in arrays.items()}
     for name, array in arrays.items():
-        if array.ndim != 3 or 0 in array.shape or array.dtype.kind != "f":
+        if array.ndim != 3 or 0 in array.shape or array.dtype not in (np.float16, np.float32, np.float64):
             raise FileError(f"{path}: {name} has shape {array.shape} and dtype {array.dtype}; {_HELP}")
         if not np.isfinite(array).all():
             raise FileError(f"{path}: {name} holds NaN or infinity")

@@ -149,7 +149,7 @@ def _drawn(method: ClusterMeans, purpose: int, number: int, like: Residual, head
 
 def _replay(method: ClusterMeans, state: MeansState, second: MeansState, heads: Array, ops: Operations) -> MeansState:
     """Append the tokens of a stream that are all exact, with their queries; its sinks have none."""
-    state = own_copy(state)
+    state = own_copy(state, state.n_exact)
     window = second.n_exact - len(second.asked)
     asked = (False,) * window + second.asked
     start, n = 0, second.n_exact

@@ -41,6 +41,7 @@ __all__ = [
     "ClusterMeans",
     "MeansState",
     "Storage",
+    "clear_room",
     "early_weight",
     "own_copy",
     "value_scale",
@@ -310,8 +311,8 @@ class ClusterMeans:
         MeansState
         """
         size, filled = keys.shape[1], state.n_exact
-        if state.tail.filled != filled:
-            state = own_copy(state)
+        if not state.tail.claim(filled, filled + size):
+            state = own_copy(state, filled + size)
         place = state.n_means + filled
         new_keys = ops.write(state.keys, place, keys)
         new_values = ops.write(state.values, place, values)
@@ -324,7 +325,6 @@ class ClusterMeans:
                     ops.write(queries.codes, filled + skip - self.sink, codes.codes),
                     ops.write(queries.scales, filled + skip - self.sink, codes.scales),
                 )
-        state.tail.filled = filled + size
         return replace(
             state,
             keys=new_keys,
@@ -500,14 +500,34 @@ def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tup
     return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
 
 
-def own_copy(state: MeansState) -> MeansState:
-    """Copy what is written into: another state has written behind this one."""
+def own_copy(state: MeansState, filled: int) -> MeansState:
+    """Copy what is written into, up to ``filled``: another state has written behind this one."""
     xp = array_namespace(state.keys)
     return replace(
         state,
         keys=xp.asarray(state.keys, copy=True),
         values=xp.asarray(state.values, copy=True),
         queries=Codes(xp.asarray(state.queries.codes, copy=True), xp.asarray(state.queries.scales, copy=True)),
+        tail=Tail(filled),
+    )
+
+
+def clear_room(state: MeansState) -> MeansState:
+    """Return the same state in arrays of its own, with zeros where it holds nothing.
+
+    In their room another state may have written, or be writing.
+    """
+    xp = array_namespace(state.keys)
+
+    def cleared(x: Array, used: int) -> Array:
+        return xp.concat([x[:, :used, ...], xp.zeros_like(x[:, used:, ...])], axis=1)
+
+    used = state.n_means + state.n_exact
+    return replace(
+        state,
+        keys=cleared(state.keys, used),
+        values=cleared(state.values, used),
+        queries=Codes(*(cleared(x, len(state.asked)) for x in (state.queries.codes, state.queries.scales))),
         tail=Tail(state.n_exact),
     )
 

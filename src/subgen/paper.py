@@ -37,6 +37,9 @@ CLUSTER_DRAWS, VALUE_DRAWS = 1, 2
 # Numbers held at once by the temporaries of a block, per kind.
 _AT_ONCE = 1 << 22
 _BLOCK = 512
+# Numbers of values beyond this are sampled as if they were this: the sum of squares over any stream stays finite, and
+# the estimator without bias, as it divides by the same.
+_LARGEST = 1e140
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,8 @@ def flat(samples: Array) -> Array:
 def _squared_norms(values: Array) -> Array:
     xp = array_namespace(values)
     wide = xp.astype(values, xp.float64, copy=False)
+    if values.dtype == xp.float64:
+        wide = xp.clip(wide, -_LARGEST, _LARGEST)
     return xp.sum(wide * wide, axis=-1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -20,18 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._array import Array, array_namespace, dtype_name, library_name
+from ._checks import check_flag, check_integer
+from ._consistency import check_sizes, check_state
 from .budget import Bytes, Fixed, Power, Share
 from .files import FileError, from_bfloat16
-from .means import ClusterMeans, MeansState
+from .means import ClusterMeans, MeansState, clear_room
 from .paper import Paper
 from .sketch import AttentionSketch, Layout
-from .state import PaperState
 from .tail import Tail
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
 
 FORMAT = "subgen sketch"
 VERSION = 1
+_DTYPES = ("float16", "float32", "float64", "bfloat16")
 _HELP = "expected a file written by AttentionSketch.save"
 
 
@@ -55,7 +58,8 @@ def save(sketch: AttentionSketch, path: str | Path) -> None:
             "value_dim": layout.value_dim,
             "dtype": dtype_name(layout.example.dtype),
         }
-        _flatten(state, "", tensors, plain)
+        # As it was when the save began: a copy of the sketch may go on in another thread, in the room of the arrays.
+        _flatten(clear_room(state) if isinstance(state, MeansState) else state, "", tensors, plain)
     config["plain"] = plain
     text = json.dumps(config, sort_keys=True)
     metadata = {"format": FORMAT, "version": str(VERSION), "config": text, "sha256": _checksum(text, tensors)}
@@ -124,14 +128,17 @@ def _verify(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, NDArr
     if metadata.get("format") != FORMAT:
         raise FileError(f"{path}: a safetensors file, but no sketch; {_HELP}")
     version = metadata.get("version", "")
-    if not version.isdecimal() or int(version) < 1:
+    if not version.isdecimal() or len(version) > 9 or int(version) < 1:
         raise FileError(f"{path}: version {version!r} is none; {_HELP}")
     if int(version) > VERSION:
         raise FileError(f"{path}: version {version} of the format; this release reads up to {VERSION}: upgrade subgen")
     text = metadata.get("config", "")
     if metadata.get("sha256") != _checksum(text, tensors):
         raise FileError(f"{path}: altered since it was written (the checksum does not fit); use another copy")
-    config = json.loads(text)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
+        raise FileError(f"{path}: holds no configuration ({type(error).__name__}: {error}); {_HELP}") from error
     if not isinstance(config, dict):
         raise FileError(f"{path}: holds no configuration; {_HELP}")
     return config
@@ -217,23 +224,30 @@ def _restore(config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Arr
         raise FileError(f"a sketch of kind {kind!r}, which this release does not know: upgrade subgen")
     described = config["layout"]
     if described is None:
+        if tensors or config["plain"]:
+            raise FileError("holds arrays and no layout")
         return sketch
     saved = described["dtype"]
+    if saved not in _DTYPES:
+        raise FileError(f"holds {saved!r}, expected one of {', '.join(_DTYPES)}")
     if like is None:
         if saved == "bfloat16":
             raise FileError("holds bfloat16, which NumPy has no dtype for: pass like=, for example a torch tensor")
         like = np.zeros((), dtype=saved)
     xp = array_namespace(like)
     same = dtype_name(like.dtype) == saved
-    leading = tuple(int(x) for x in described["leading"])
-    head_dim, value_dim = int(described["head_dim"]), int(described["value_dim"])
+    leading = tuple(check_integer("a leading axis", x) for x in described["leading"])
+    head_dim, value_dim = (check_integer(name, described[name]) for name in ("head_dim", "value_dim"))
+    method: Any = sketch.method
+    check_sizes({name: x.shape for name, x in tensors.items()}, method, math.prod(leading), head_dim, value_dim)
     empty = xp.zeros((*leading, 0, head_dim), dtype=like.dtype, device=like.device)
     layout = Layout(leading, head_dim, value_dim, empty)
     flat = layout.flat(empty)
-    template = sketch.method.init(flat, xp.zeros((flat.shape[0], 0, value_dim), dtype=like.dtype, device=like.device))
+    template = method.init(flat, xp.zeros((flat.shape[0], 0, value_dim), dtype=like.dtype, device=like.device))
     plain = dict(config["plain"])
     state = _unflatten(template, "", dict(tensors), plain, same)
-    _check_state(state, sketch)
+    arrays = {name: from_bfloat16(x) if x.dtype == np.uint16 else x for name, x in tensors.items()}
+    check_state(state, arrays, method, finite=sketch.check_finite)
     sketch.resume(layout, state)
     return sketch
 
@@ -263,9 +277,9 @@ def _unflatten(template: Any, prefix: str, tensors: dict[str, NDArray[Any]], pla
         elif hasattr(x, "shape"):
             changes[field.name] = _from_numpy(name, tensors.pop(name), x, same)
         elif isinstance(x, tuple):
-            changes[field.name] = tuple(bool(one) for one in plain.pop(name))
+            changes[field.name] = tuple(check_flag(name, one) for one in plain.pop(name))
         else:
-            changes[field.name] = int(plain.pop(name))
+            changes[field.name] = check_integer(name, plain.pop(name), minimum=0)
     if not prefix and (tensors or plain):
         raise FileError(f"holds {sorted([*tensors, *plain])}, which no such sketch has")
     return replace(template, **changes)
@@ -284,7 +298,7 @@ def _to_numpy(x: Array) -> NDArray[Any]:
         x = x.get()
     else:
         x = np.from_dlpack(x) if not isinstance(x, np.ndarray) else x
-    home: NDArray[Any] = np.ascontiguousarray(x)
+    home: NDArray[Any] = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
     return (home.view(np.uint32) >> 16).astype(np.uint16) if bits else home
 
 
@@ -305,46 +319,3 @@ def _from_numpy(name: str, x: NDArray[Any], template: Array, same: bool) -> Arra
         raise FileError(f"{name} has numbers that {template.dtype} does not hold: pass like= in a wider dtype")
     array = xp.asarray(np.array(x), device=template.device)
     return xp.astype(array, template.dtype) if floating else array
-
-
-def _check_state(state: Any, sketch: AttentionSketch) -> None:
-    """Check that the parts of a state fit each other."""
-
-    def need(condition: bool, words: str) -> None:
-        if not condition:
-            raise FileError(f"holds a state that contradicts itself: {words}")
-
-    need(state.n_seen >= 1, "no token seen")
-    if isinstance(state, PaperState):
-        clusters, reservoir = state.clusters, state.reservoir
-        counts = _to_numpy(clusters.counts)
-        need(bool((counts >= 0).all() and (counts.sum(axis=-1) == state.n_seen).all()), "counts")
-        need(bool((np.diff((counts > 0).astype(int), axis=-1) <= 0).all()), "clusters with gaps")
-        places = {x.shape[1] for x in (clusters.centres, clusters.counts, clusters.samples, clusters.due)}
-        method = sketch.method
-        need(len(places) == 1 and clusters.samples.shape[2] == method.t, "places")  # type: ignore[attr-defined]
-        slots = {x.shape[1] for x in (reservoir.keys, reservoir.values, reservoir.due)}
-        need(slots == {method.s}, "slots")  # type: ignore[attr-defined]
-        return
-    if not isinstance(state, MeansState) or not isinstance(sketch.method, ClusterMeans):
-        raise FileError("holds a state of another kind")
-    method = sketch.method
-    counts = _to_numpy(state.counts)
-    places = {counts.shape[1], state.spread.shape[1], state.importance.shape[1]}
-    for part in (state.leaders, *(() if state.key_codes is None else (state.key_codes.codes, state.key_codes.scales))):
-        places |= set() if part is None else {part.shape[1]}
-    if state.value_codes is not None:
-        places |= {state.value_codes.codes.shape[1], state.value_codes.scales.shape[1]}
-    need(len(places) == 1, "places of clusters")
-    room = state.n_means + method.sink + method.window
-    need(state.keys.shape[1] == room and state.values.shape[1] == room, "places of pairs")
-    need(0 < state.n_exact <= method.sink + method.window, "exact tokens")
-    need(len(state.asked) == max(0, state.n_exact - method.sink), "queries of the window")
-    need(state.queries.codes.shape[1] == state.queries.scales.shape[1] == method.window, "queries of the window")
-    need(bool((counts >= 0).all()), "counts")
-    need(bool((counts.sum(axis=-1, dtype=np.int64) == state.n_seen - state.n_exact).all()), "counts")
-    if state.residual is not None:
-        place = _to_numpy(state.residual.cluster)
-        slots = {x.shape[1] for x in (state.residual.keys, state.residual.values, state.residual.due, place)}
-        need(slots == {method.residual_samples}, "slots of the sample")
-        need(bool((place >= 0).all() and (place < max(1, counts.shape[1])).all()), "clusters of the sample")

@@ -26,6 +26,7 @@ from .means import ClusterMeans, MeansState, Storage
 from .method import Method
 from .paper import Paper
 from .state import PaperState
+from .tail import Tail
 from .weighted import fold_groups, unfold_groups
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["AttentionSketch", "Layout"]
+
+# Places that arrays are made for.
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -150,11 +154,11 @@ class AttentionSketch:
             ClusterMeans(
                 budget=check_budget(max_clusters, max_bytes, compression_ratio, delta),
                 delta=delta,
-                window=check_integer("window", window, minimum=2),
-                sink=check_integer("sink", sink, minimum=0),
+                window=check_integer("window", window, minimum=2, maximum=_MOST),
+                sink=check_integer("sink", sink, minimum=0, maximum=_MOST),
                 scale=None if scale is None else check_scale(scale, 1),
                 storage=storage,
-                residual_samples=check_integer("residual_samples", residual_samples, minimum=0),
+                residual_samples=check_integer("residual_samples", residual_samples, minimum=0, maximum=_MOST),
                 seed=check_seed(seed),
             ),
             check_flag("check_finite", check_finite),
@@ -229,8 +233,8 @@ class AttentionSketch:
         sketch._start(
             Paper(
                 delta=check_real("delta", delta, minimum=0.0),
-                t=check_integer("samples_per_cluster", samples_per_cluster),
-                s=check_integer("value_samples", value_samples),
+                t=check_integer("samples_per_cluster", samples_per_cluster, maximum=_MOST),
+                s=check_integer("value_samples", value_samples, maximum=_MOST),
                 scale=None if scale is None else check_scale(scale, 1),
                 seed=check_seed(seed),
             ),
@@ -551,6 +555,8 @@ def _take_streams(state: Any, index: Array) -> Any:
             taken[field.name] = _take_streams(value, index)
         elif hasattr(value, "shape"):
             taken[field.name] = array_namespace(value).take(value, index, axis=0)
+        elif isinstance(value, Tail):
+            taken[field.name] = Tail(state.n_exact)  # the arrays are new
     return replace(state, **taken)
 
 

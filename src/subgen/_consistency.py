@@ -1,0 +1,151 @@
+"""Whether what a file says is a sketch that can go on: sizes that fit each other, numbers that a stream leaves behind.
+
+A checksum tells that a file is as it was written, not that a sketch wrote it. What passes here answers and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .clustering import room_for
+from .counter import DRAW_BITS
+from .files import FileError
+from .means import ClusterMeans, MeansState
+from .paper import Paper
+from .state import PaperState
+
+__all__ = ["check_sizes", "check_state"]
+
+# Moments of reservoirs are counts times 2**DRAW_BITS, in 64 bits.
+_LONGEST = 1 << (63 - DRAW_BITS)
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def check_sizes(
+    arrays: Mapping[str, tuple[int, ...]], method: Paper | ClusterMeans, streams: int, head_dim: int, value_dim: int
+) -> None:
+    """Check the sizes that a file states against the shapes of its arrays, before anything is made to them.
+
+    Parameters
+    ----------
+    arrays : mapping of str to tuple of int
+        Shapes of what the file holds.
+    method : Paper or ClusterMeans
+        With the parameters that the file states.
+    streams, head_dim, value_dim : int
+        As the file states them.
+
+    Raises
+    ------
+    FileError
+        If an array is missing or does not have its size.
+    """
+    if isinstance(method, Paper):
+        least = {"clusters.samples": 0}
+        expected: dict[str, tuple[int | None, ...]] = {
+            "clusters.samples": (streams, None, method.t, head_dim),
+            "reservoir.keys": (streams, method.s, head_dim),
+            "reservoir.values": (streams, method.s, value_dim),
+        }
+    else:
+        least = {"keys": method.sink + method.window, "values": method.sink + method.window}
+        expected = {
+            "keys": (streams, None, head_dim),
+            "values": (streams, None, value_dim),
+            "queries.codes": (streams, method.window, head_dim),
+        }
+        if method.residual_samples:
+            expected["residual.keys"] = (streams, method.residual_samples, head_dim)
+            expected["residual.values"] = (streams, method.residual_samples, value_dim)
+    for name, shape in expected.items():
+        if name not in arrays:
+            raise FileError(f"holds no sketch: {name} is missing")
+        got = arrays[name]
+        fits = len(got) == len(shape) and all(b in (a, None) for a, b in zip(got, shape, strict=True))
+        if not fits or got[1] < least.get(name, 0):
+            words = ", ".join("places" if size is None else str(size) for size in shape)
+            raise FileError(f"{name} has shape {got}, expected ({words}) by the parameters beside it")
+
+
+def check_state(state: Any, arrays: Arrays, method: Any, *, finite: bool) -> None:
+    """Check that the parts of a state fit each other.
+
+    Parameters
+    ----------
+    state : MeansState or PaperState
+    arrays : mapping of str to NumPy array
+        What it holds, by name.
+    method : Paper or ClusterMeans
+    finite : bool
+        Whether the stream was checked for NaN and infinity: what was copied from it has none. What was computed may
+        have overflowed, and a sketch that goes on with that can be saved as well.
+
+    Raises
+    ------
+    FileError
+        If a sketch could not have left such a state behind.
+    """
+    _need(1 <= state.n_seen < _LONGEST, "no token seen, or more than can be counted")
+    if isinstance(state, PaperState) and isinstance(method, Paper):
+        _check_paper(state, arrays, method)
+        copied = [
+            arrays[name] for name in ("clusters.centres", "clusters.samples", "reservoir.keys", "reservoir.values")
+        ]
+    elif isinstance(state, MeansState) and isinstance(method, ClusterMeans):
+        _check_means(state, arrays, method)
+        exact = slice(state.n_means, state.n_means + state.n_exact)
+        copied = [arrays[name][:, exact] for name in ("keys", "values")]
+        copied += [arrays[name] for name in ("leaders", "residual.keys", "residual.values") if name in arrays]
+    else:
+        raise FileError("holds a state of another kind")
+    _need(not finite or all(np.isfinite(x).all() for x in copied), "NaN or infinity, of a stream that was checked")
+
+
+def _need(condition: Any, words: str) -> None:
+    if not condition:
+        raise FileError(f"holds a state that contradicts itself: {words}")
+
+
+def _check_paper(state: PaperState, arrays: Arrays, method: Paper) -> None:
+    counts, due = arrays["clusters.counts"], arrays["clusters.due"]
+    _need(len({arrays[f"clusters.{name}"].shape[1] for name in ("centres", "counts", "samples", "due")}) == 1, "places")
+    _need(counts.shape[1] >= room_for(0), "places")
+    _need(due.shape[2] == arrays["clusters.samples"].shape[2] == method.t, "samples")
+    _need((counts >= 0).all() and (counts <= state.n_seen).all(), "counts")
+    _need((counts.sum(axis=-1) == state.n_seen).all(), "counts")
+    _need((np.diff((counts > 0).astype(int), axis=-1) <= 0).all(), "clusters with gaps")
+    most = np.where(counts > 0, (np.int64(state.n_seen) << DRAW_BITS) + 1, 1)
+    _need((due > counts[..., None]).all() and (due <= most[..., None]).all(), "moments of the samples")
+    weight, due = arrays["reservoir.weight"], arrays["reservoir.due"]
+    _need({arrays[f"reservoir.{name}"].shape[1] for name in ("keys", "values", "due")} == {method.s}, "slots")
+    # An infinite weight would be due for ever.
+    _need((weight >= 0).all() and np.isfinite(weight).all() and (due > weight[:, None]).all(), "weights")
+
+
+def _check_means(state: MeansState, arrays: Arrays, method: ClusterMeans) -> None:
+    counts = arrays["counts"]
+    of_clusters = ["counts", "spread", "importance", "leaders"]
+    of_clusters += [f"{which}_codes.{part}" for which in ("key", "value") for part in ("codes", "scales")]
+    _need(len({arrays[name].shape[1] for name in of_clusters if name in arrays}) == 1, "places of clusters")
+    room = state.n_means + method.sink + method.window
+    _need(arrays["keys"].shape[1] == arrays["values"].shape[1] == room, "places of pairs")
+    _need(0 < state.n_exact <= method.sink + method.window, "exact tokens")
+    _need(len(state.asked) == max(0, state.n_exact - method.sink), "queries of the window")
+    _need(arrays["queries.codes"].shape[1] == arrays["queries.scales"].shape[1] == method.window, "queries")
+    absorbed = state.n_seen - state.n_exact
+    _need((counts >= 0).all() and (counts.sum(axis=-1, dtype=np.int64) == absorbed).all(), "counts")
+    _need(not (arrays["spread"] < 0).any(), "spread below zero")
+    _need((arrays["importance"] >= 0).all() and np.isfinite(arrays["importance"]).all(), "importance")
+    if state.residual is not None:
+        place, due = arrays["residual.cluster"], arrays["residual.due"]
+        slots = {arrays[f"residual.{name}"].shape[1] for name in ("keys", "values", "due", "cluster")}
+        _need(slots == {method.residual_samples}, "slots of the sample")
+        _need((place >= 0).all() and (place < max(1, counts.shape[1])).all(), "clusters of the sample")
+        if absorbed:
+            _need((np.take_along_axis(counts, place.astype(np.int64), axis=1) > 0).all(), "clusters of the sample")
+        _need((due > absorbed).all() and (due <= (absorbed << DRAW_BITS) + 1).all(), "moments of the sample")

@@ -1,0 +1,119 @@
+"""Sixteen bits at their ends: the largest numbers, the smallest, constants and zeros give finite answers.
+
+float16 ends at 65504, and every product of its numbers fits float32, in which all is computed. bfloat16 ends where
+float32 does: there what is multiplied must fit, and 1e5 does, in all variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from libraries import to_numpy
+from test_persist import PAPER
+
+from subgen import AttentionSketch
+
+N, D = 60, 8
+SHAPE = (2, N, D)
+Streams = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def signs(rng: np.random.Generator) -> np.ndarray:
+    return np.sign(rng.normal(size=SHAPE))
+
+
+def mixed(rng: np.random.Generator, largest: float, smallest: float) -> np.ndarray:
+    scale = np.asarray([largest, smallest, 1.0])[rng.integers(0, 3, (2, N, 1))]
+    return scale * rng.uniform(-1, 1, SHAPE)
+
+
+# Queries, keys and values of a stream.
+STREAMS: dict[str, Callable[[np.random.Generator, float, float], Streams]] = {
+    "largest": lambda rng, big, small: (big * signs(rng), big * signs(rng), big * signs(rng)),
+    "largest, constant": lambda rng, big, small: (np.full(SHAPE, big),) * 3,
+    "largest, negative": lambda rng, big, small: (np.full(SHAPE, big), np.full(SHAPE, -big), np.full(SHAPE, -big)),
+    "subnormal": lambda rng, big, small: tuple(small * rng.integers(-9, 10, SHAPE) for _ in range(3)),
+    "smallest, constant": lambda rng, big, small: (np.full(SHAPE, small),) * 3,
+    "zeros": lambda rng, big, small: (np.zeros(SHAPE),) * 3,
+    "ones": lambda rng, big, small: (np.ones(SHAPE),) * 3,
+    "zero values": lambda rng, big, small: (rng.normal(size=SHAPE), rng.normal(size=SHAPE), np.zeros(SHAPE)),
+    "all sizes": lambda rng, big, small: tuple(mixed(rng, big, small) for _ in range(3)),
+    "a jump": lambda rng, big, small: (np.where(np.arange(N)[:, None] < N // 2, rng.normal(size=SHAPE), big),) * 3,
+}
+
+SKETCHES: dict[str, dict[str, Any]] = {
+    "default": {"max_clusters": 9},
+    "int8": {"max_clusters": 9, "storage": "int8"},
+    "threshold": {"max_clusters": 9, "delta": 1.0},
+    "corrected": {"max_clusters": 9, "residual_samples": 12},
+    "everything": {"max_clusters": 9, "delta": 0.0, "storage": "int8", "residual_samples": 5},
+    "paper": PAPER,
+}
+
+
+def make(variant: str) -> AttentionSketch:
+    if variant == "paper":
+        return AttentionSketch.paper(**PAPER)
+    return AttentionSketch(window=16, sink=2, **SKETCHES[variant])
+
+
+def answers(variant: str, q: Any, k: Any, v: Any) -> Iterator[np.ndarray]:
+    sketch = make(variant)
+    yield to_numpy(sketch.step(q[:, :20], k[:, :20], v[:, :20]))
+    sketch.update(k[:, 20:], v[:, 20:], q[:, 20:])
+    yield to_numpy(sketch.attend(q[:, :30]))
+    alone = make(variant)
+    alone.update(k, v)
+    yield to_numpy(alone.attend(q[:, :30]))
+
+
+@pytest.mark.parametrize("variant", SKETCHES)
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("dtype", ["numpy float16", "torch float16", "torch bfloat16"])
+def test_answers_are_finite_and_means_of_values(dtype: str, name: str, variant: str) -> None:
+    library, kind = dtype.split()
+    largest, smallest = (1e5, 2.0**-133) if kind == "bfloat16" else (65504.0, 2.0**-24)
+    streams = STREAMS[name](np.random.default_rng(0), largest, smallest)
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        q, k, v = (torch.asarray(x).to(getattr(torch, kind)) for x in streams)
+    else:
+        q, k, v = (x.astype(kind) for x in streams)
+    peak = float(np.abs(to_numpy(v).astype(np.float64)).max())
+    for answer in answers(variant, q, k, v):
+        assert np.isfinite(answer).all()
+        # A mean of values is no larger than the largest; 8 bits of mantissa, and those of codes, may add a little.
+        if variant != "paper":
+            assert float(np.abs(answer.astype(np.float64)).max()) <= 1.01 * peak + smallest
+    if "residual_samples" in SKETCHES[variant]:
+        sketch = make(variant)
+        sketch.update(k, v, q)
+        for part in sketch.attend(q[:, :10], return_error=True):
+            assert np.isfinite(to_numpy(part)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_constant_stream_is_its_constant(dtype: str) -> None:
+    """Dithered means stay exactly where every member is."""
+    torch = pytest.importorskip("torch")
+    for number in (65504.0, 0.1, 2.0**-24, -3.0, 0.0):
+        x = torch.full((1, 200, 4), number, dtype=getattr(torch, dtype))
+        for storage in ("input", "int8"):
+            sketch = AttentionSketch(5, window=8, storage=storage)
+            sketch.update(x, x)
+            # Codes of 8 bits: half a unit of 127, and the rounding of the scale to the dtype.
+            tolerance = 0.0 if storage == "input" else 0.012 * abs(number) + 2.0**-24
+            torch.testing.assert_close(sketch.attend(x[:, :2]), x[:, :2], rtol=2.0**-10, atol=tolerance)
+
+
+def test_values_whose_squares_overflow_end() -> None:
+    """The paper's reservoir weighs by squared norms; where these are beyond float64 it once never came back."""
+    rng = np.random.default_rng(0)
+    k, v = rng.normal(size=(2, 1, 50, 4))
+    sketch = AttentionSketch.paper(**PAPER)
+    sketch.update(k, 1e200 * v)
+    sketch.update(k, 1e200 * v)
+    assert np.isfinite(sketch.attend(k)).all()
