@@ -52,6 +52,8 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text(code)
     environment = {**os.environ, "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # What torchrun would say to one process.
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     ran = subprocess.run([sys.executable, script], cwd=page.parent, env=environment, capture_output=True, text=True)
     if ran.stderr.startswith("skip: "):
         pytest.skip(ran.stderr.removeprefix("skip: ").strip())
