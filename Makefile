@@ -1,5 +1,5 @@
-# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, drift, examples, and
-# test-gpu and bench-gpu where there is a GPU. Every target makes its environment first, but those two: they run in one
+# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, shards, drift, examples,
+# and test-gpu and bench-gpu where there is a GPU. Every target makes its environment first, but those two: they run in one
 # that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +17,7 @@ DOCS := .venv-docs
 SITE := build/docs
 PORT ?= 8000
 
-.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream drift \
+.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream shards drift \
   examples examples-rivals test-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
@@ -69,6 +69,9 @@ floors: $(VENV)/.test
 
 long-stream: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/long_stream.py
+
+shards: $(VENV)/.demo
+	$(BIN)/python asv_benchmarks/shards.py $(CAPTURE)
 
 drift: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/drift.py
