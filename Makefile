@@ -1,6 +1,6 @@
-# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, drift, examples; fuzz,
-# kills and soak, which take long; and test-gpu and bench-gpu where there is a GPU. Every target makes its environment first, but those two: they run in one
-# that has CuPy, see docs/howto/gpu.md.
+# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, shards, drift, examples;
+# fuzz, kills and soak, which take long; and test-gpu and bench-gpu where there is a GPU. Every target makes its
+# environment first, but those two: they run in one that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ DOCS := .venv-docs
 SITE := build/docs
 PORT ?= 8000
 
-.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream drift \
+.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream shards drift \
   fuzz kills soak examples examples-rivals test-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
@@ -69,6 +69,9 @@ floors: $(VENV)/.test
 
 long-stream: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/long_stream.py
+
+shards: $(VENV)/.demo
+	$(BIN)/python asv_benchmarks/shards.py $(CAPTURE)
 
 drift: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/drift.py

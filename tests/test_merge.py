@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libraries import LIBRARIES, Library, to_numpy
+from libraries import NUMPY, Library, to_numpy
 from test_budgets import VARIANTS
 from test_means import arrays, assert_same, stream
 
@@ -195,7 +195,7 @@ def test_every_library_gives_the_same(library: Library, kind: str) -> None:
         parts = shards((40, 32), *(of.array(x) for x in (q, k, v)), lambda rank: make(kind, rank))
         return merge(*parts)
 
-    mine, reference = merged(library), merged(LIBRARIES["numpy"])
+    mine, reference = merged(library), merged(NUMPY)
     assert mine.nbytes == reference.nbytes
     np.testing.assert_array_equal(to_numpy(mine.n_clusters), reference.n_clusters)
     if kind == "paper":
@@ -258,23 +258,28 @@ def test_empty_sketches_are_skipped(kind: str) -> None:
     assert merge(make(kind), make(kind)).n_seen == 0
 
 
-def test_many_streams_are_merged_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = stream(5, (2, 3), 90)
-    parts = shards((50, 40), q, k, v, lambda rank: make("corrected", rank))
-    whole = merge(*parts)
-    monkeypatch.setattr(joined_means, "_COSTS_AT_ONCE", 1)
-    assert_same(merge(*parts).state, whole.state)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_a_batch_equals_the_row_alone(kind: str) -> None:
+    more = {"max_bytes": 12000} if kind == "bytes" else {}
+    q, k, v = stream(5, (3, 2), 90, group=2)
+    batch = merge(*shards((50, 40), q, k, v, lambda rank: make(kind, rank, **more)))
+    more = {"max_bytes": 4000} if kind == "bytes" else {}
+    for row in range(3):
+        alone = merge(*shards((50, 40), q[row], k[row], v[row], lambda rank: make(kind, rank, **more)))
+        np.testing.assert_array_equal(batch.n_clusters[row], alone.n_clusters)
+        # The padding of threshold mode and of the paper's clusters is that of the batch, and sums differ by it.
+        np.testing.assert_allclose(batch.attend(q)[row], alone.attend(q[row]), rtol=1e-4, atol=1e-5)
 
 
-def test_clusters_join_by_their_leaders_in_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_join_by_their_leaders_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small integers, so that sums are exact in any order."""
     rng = np.random.default_rng(6)
     k = rng.integers(-8, 9, size=(2, 400, 4)).astype(np.float64)
-    for kind, more in (("threshold", {"delta": 4.0}), ("paper", {"delta": 4.0})):
-        parts = shards((200, 200), None, k, k, lambda rank, kind=kind, more=more: make(kind, rank, **more))
+    for kind in ("threshold", "paper"):
+        parts = shards((200, 200), None, k, k, lambda rank, kind=kind: make(kind, rank, delta=4.0))
         whole = merge(*parts)
         monkeypatch.setattr(joined_paper, "_BLOCK", 7)
-        monkeypatch.setattr("subgen.leaders._BLOCK", 7)
+        monkeypatch.setattr(joined_means, "_AT_ONCE", 1)
         again = merge(*parts)
         monkeypatch.undo()
         if kind == "paper":
@@ -282,6 +287,9 @@ def test_clusters_join_by_their_leaders_in_blocks_too(monkeypatch: pytest.Monkey
         else:
             np.testing.assert_array_equal(again.state.counts, whole.state.counts)
             np.testing.assert_allclose(again.state.keys, whole.state.keys, rtol=1e-12, atol=1e-12)
+            leaders = whole.state.leaders[0, : int(whole.n_clusters[0])]
+            distances = np.linalg.norm(leaders[:, None] - leaders[None], axis=-1)
+            assert (distances[~np.eye(len(leaders), dtype=bool)] > 4.0).all()
         assert int(whole.n_clusters.max()) > 14
 
 

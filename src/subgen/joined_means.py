@@ -1,19 +1,20 @@
 """The state of the default sketch for one stream after another, from those of the two.
 
 The sinks are those of the first, the window is that of the second. What lies between, the window of the first and the
-sinks of the second, becomes clusters of one; with the clusters of both it merges down to the budget, as tokens do that
-leave the window.
+sinks of the second, becomes clusters of one. These and the clusters of the second are absorbed into those of the first
+as tokens are that leave the window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from ._array import Array, array_namespace, chunks, compute_dtype, positions
+from ._array import Array, array_namespace, compute_dtype, positions
 from .backends import Operations
 from .counter import draws, stream_key
 from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_copy, value_scale
-from .merging import Means, clusters_of_one, join, n_live
+from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
 from .residual import Residual, join_samples
 from .rounding import Codes
@@ -22,10 +23,8 @@ __all__ = ["join_means"]
 
 # What is drawn, told apart from the draws of `subgen.means` and `subgen.joined_paper`.
 _RESIDUAL_CHOICES = 10
-# Share of the clusters that merge before costs are computed anew.
-_STEP = 1 / 8
-# Costs of pairs held at once (numbers, not bytes).
-_COSTS_AT_ONCE = 1 << 23
+# Clusters are absorbed an eighth of those held at a time, or as many as tokens are: time and error in between.
+_AT_ONCE = 8
 
 
 def join_means(
@@ -69,9 +68,15 @@ def join_means(
     )
     later = replace(other, importance=_importance(other, typical, first.n_seen, second.n_seen, full))
     n_seen = first.n_seen + second.n_seen
-    pool, joined = method.pool(held, join(tokens, later), ops)
-    most = method.most(second, n_seen, pool.counts.shape[1])
-    merged, moved = _merge_gently(pool, method.metric(second), value_scale(recent_values), most, ops)
+    merged, places = _absorb(
+        method,
+        held,
+        join(tokens, later),
+        method.metric(second),
+        value_scale(recent_values),
+        lambda pool: method.most(second, n_seen, pool),
+        ops,
+    )
     residual = None
     if first.residual is not None and second.residual is not None:
         absorbed = first.n_seen - first.n_exact, second.n_seen - second.n_exact
@@ -81,7 +86,14 @@ def join_means(
             for purpose in (_RESIDUAL_CHOICES, RESIDUAL_DRAWS)
         )
         residual = join_samples(
-            first.residual, second.residual, between_keys, between_values, absorbed, joined, moved, (choices, due)
+            first.residual,
+            second.residual,
+            between_keys,
+            between_values,
+            absorbed,
+            held.counts.shape[1],
+            places,
+            (choices, due),
         )
     # Room behind arrays is written in place, so these must not be those of the second.
     queries = Codes(*(xp.asarray(x, copy=True) for x in (second.queries.codes, second.queries.scales)))
@@ -113,31 +125,51 @@ def _importance(other: Means, typical: tuple[Array, Array], before: int, n: int,
     return xp.where(other.counts == 1, token, other.importance * xp.sqrt(seen / (seen + before)))
 
 
-def _merge_gently(pool: Means, metric: Array, value_scale: Array, most: int, ops: Operations) -> tuple[Means, Array]:
-    """Merge down to a number of clusters in steps, a few streams at a time; see `subgen.merging.merge_closest`.
+def _absorb(
+    method: ClusterMeans,
+    held: Means,
+    more: Means,
+    metric: Array,
+    value_scale: Array,
+    most: Callable[[int], int],
+    ops: Operations,
+) -> tuple[Means, Array]:
+    """Absorb clusters in the order in which they came, a few at a time, as tokens that leave the window.
 
-    At once, so many would have to merge that unusual clusters could not wait (docs/experiments.md).
+    Were all to merge at once, there would be no time when the last ones have only just come (docs/experiments.md).
+
+    Parameters
+    ----------
+    method : ClusterMeans
+    held, more : Means
+    metric, value_scale
+        See `subgen.merging.ward_costs`.
+    most : callable
+        How many clusters may be left of a number of places.
+    ops : Operations
+
+    Returns
+    -------
+    means : Means
+    places : int64 array, shape (streams, places of ``held`` and ``more``)
+        The place of each now.
     """
-    xp = array_namespace(pool.keys)
-    streams, places = pool.counts.shape
-    pieces = []
-    for part in chunks(streams, max(1, _COSTS_AT_ONCE // places**2)):
-        means = Means(*(None if x is None else x[part, ...] for x in pool.arrays()))
-        moved = xp.broadcast_to(positions(places, means.keys)[None, :], means.counts.shape)
-        left = max(most, int(xp.max(n_live(means))))
-        while True:
-            means, step = ops.merge_closest(means, metric[part, ...], value_scale[part], left, left)
-            # Places that are free lead nowhere.
-            moved = xp.clip(xp.take_along_axis(step, moved, axis=1), max=left - 1)
-            if left == most:
-                break
-            left = max(most, left - max(1, int(_STEP * left)))
-        pieces.append((means, moved))
-    if len(pieces) == 1:
-        return pieces[0]
-    arrays = zip(*(means.arrays() for means, _ in pieces), strict=True)
-    joined = Means(*(None if x[0] is None else xp.concat(list(x), axis=0) for x in arrays))
-    return joined, xp.concat([moved for _, moved in pieces], axis=0)
+    xp = array_namespace(held.keys)
+    places = xp.broadcast_to(positions(held.counts.shape[1], held.keys)[None, :], held.counts.shape)
+    start, total = 0, more.counts.shape[1]
+    while start < total:
+        part = slice(start, min(total, start + max(method.block, held.counts.shape[1] // _AT_ONCE)))
+        pool, joined = method.pool(held, _part(more, part), ops)
+        left = most(pool.counts.shape[1])
+        held, moved = ops.merge_closest(pool, metric, value_scale, left, left)
+        # Places that were free lead nowhere.
+        places = xp.clip(xp.take_along_axis(moved, xp.concat([places, joined], axis=1), axis=1), max=left - 1)
+        start = part.stop
+    return held, places
+
+
+def _part(means: Means, part: slice) -> Means:
+    return means.each(lambda x: x[:, part, ...])
 
 
 def _drawn(method: ClusterMeans, purpose: int, number: int, like: Residual, heads: Array, ops: Operations) -> Array:

@@ -7,17 +7,12 @@ of its leader, and so within ``2 delta`` of the mean.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from ._array import Array, array_namespace, chunks, positions
+from ._array import Array, array_namespace, positions
 from .backends import Operations
 from .clustering import append_leaders
 from .merging import Means, band_means, n_live
 
 __all__ = ["join_leaders"]
-
-# Tokens or clusters that join at once, so that temporaries stay small.
-_BLOCK = 512
 
 
 def join_leaders(held: Means, more: Means, delta: float, ops: Operations) -> tuple[Means, Array]:
@@ -28,8 +23,8 @@ def join_leaders(held: Means, more: Means, delta: float, ops: Operations) -> tup
     held : Means
         Clusters with leaders, without a gap.
     more : Means
-        Clusters that join whole, by their leaders, in this order; the leader of a token is its key. The first place
-        is taken in every stream; places that are free add nothing.
+        Clusters that join whole, by their leaders, in this order; the leader of a token is its key. Places that are
+        free come last.
     delta : float
         In the units of the keys.
     ops : Operations
@@ -41,23 +36,6 @@ def join_leaders(held: Means, more: Means, delta: float, ops: Operations) -> tup
     assignment : int64 array, shape (streams, places of ``more``)
         The cluster that each joined.
     """
-    xp = array_namespace(held.keys)
-    assignments = []
-    for part in chunks(more.counts.shape[1], _BLOCK):
-        block = _part(more, part)
-        # A free place that repeats a leader opens nothing.
-        taken = (block.counts > 0)[:, :, None]
-        block = replace(block, leaders=xp.where(taken, block.leaders, more.leaders[:, :1, :]))  # type: ignore[index]
-        held, assignment = _join_block(held, block, delta, ops)
-        assignments.append(assignment)
-    return held, assignments[0] if len(assignments) == 1 else xp.concat(assignments, axis=1)
-
-
-def _part(means: Means, part: slice) -> Means:
-    return means.each(lambda x: x[:, part, ...])
-
-
-def _join_block(held: Means, more: Means, delta: float, ops: Operations) -> tuple[Means, Array]:
     xp = array_namespace(held.keys)
     wide = held.keys.dtype
     before = n_live(held)

@@ -124,8 +124,8 @@ def join_samples(
     keys: Array,
     values: Array,
     absorbed: tuple[int, int],
-    joined: Array,
-    moved: Array,
+    before: int,
+    places: Array,
     drawn: tuple[Array, Array],
 ) -> Residual:
     """Sample the tokens behind the clusters of two streams, the second after the first, and of tokens between them.
@@ -140,11 +140,10 @@ def join_samples(
         The tokens in between.
     absorbed : (int, int)
         Tokens behind the clusters of the first and of the second.
-    joined : int64 array, shape (streams, n + clusters of the second)
-        Place of the cluster of each token in between and of each cluster of the second, before closest pairs merged.
-        Clusters of the first keep theirs.
-    moved : int64 array, shape (streams, places)
-        The new place of each cluster; see `subgen.merging.merge_closest`.
+    before : int
+        Places of clusters that the first had.
+    places : int64 array, shape (streams, before + n + clusters of the second)
+        Place of each cluster and of the cluster of each token in between.
     drawn : (int64 array, int64 array)
         Draws of each slot, see `subgen.counter.draws`, to choose by and for the next replacement: ``(streams, slots)``.
 
@@ -163,15 +162,16 @@ def join_samples(
         held = xp.where(of_first[:, :, None], a, b)
         return replace_slots(held, between, token)
 
-    place = chosen(
-        xp.astype(first.cluster, xp.int64)[:, :, None],
-        joined[:, :n, None],
-        xp.take_along_axis(joined[:, n:], xp.astype(second.cluster, xp.int64), axis=1)[:, :, None],
-    )[:, :, 0]
+    def now(cluster: Array, skipped: int) -> Array:
+        return xp.take_along_axis(places, xp.astype(cluster, xp.int64) + skipped, axis=1)[:, :, None]
+
+    cluster = chosen(now(first.cluster, 0), places[:, before : before + n, None], now(second.cluster, before + n))[
+        :, :, 0
+    ]
     return Residual(
         keys=chosen(first.keys, keys, second.keys),
         values=chosen(first.values, values, second.values),
-        cluster=xp.astype(xp.take_along_axis(moved, place, axis=1), xp.int32),
+        cluster=xp.astype(cluster, xp.int32),
         due=next_count(total, drawn[1]),
     )
 
