@@ -40,8 +40,9 @@ def arrays(state: Any) -> dict[str, Any]:
         if field.name in ("keys", "values"):
             found[field.name] = to_numpy(value)[:, : state.n_means + exact]
         elif field.name == "queries":
-            found["query codes"] = to_numpy(value.codes)[:, : len(state.asked)]
-            found["query scales"] = to_numpy(value.scales)[:, : len(state.asked)]
+            asked = np.flatnonzero(state.asked)  # nobody looks at those of tokens that came without
+            found["query codes"] = to_numpy(value.codes)[:, asked]
+            found["query scales"] = to_numpy(value.scales)[:, asked]
         elif field.name == "tail" or value is None:
             continue
         elif is_dataclass(value):

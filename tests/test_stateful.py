@@ -196,6 +196,9 @@ class Pool(RuleBasedStateMachine):
             return
         if self.variant == "bytes":
             return  # the budget is that of all rows together: other rows, other clusters
+        if self.variant == "paper" or "delta" in VARIANTS.get(self.variant, {}):
+            # Arrays have room for the row with most clusters; the others keep it when they are taken alone.
+            rows = [*rows, *(row for row in range(len(model.rows)) if row not in rows)]
         self.add(sketch.take(rows), replace(model, rows=tuple(model.rows[row] for row in rows)))
 
     @precondition(lambda self: any(model.tokens for model in self.models))

@@ -173,11 +173,19 @@ def test_equal_sketches_are_equal_files(tmp_path: Path) -> None:
     sketch.save(tmp_path / "a.safetensors")
     copy.copy(sketch).update(k[:, 43:45], v[:, 43:45], q[:, 43:45])
     sketch.save(tmp_path / "b.safetensors")
-    found = []
-    for name in ("a", "b"):
+    # Nor the query of its token, in the place of one of ours that came without.
+    sketch.update(k[:, 43:44], v[:, 43:44])
+    alone = make("default")
+    alone.update(k[:, :43], v[:, :43], q[:, :43])
+    alone.update(k[:, 43:44], v[:, 43:44])
+    sketch.save(tmp_path / "c.safetensors")
+    alone.save(tmp_path / "d.safetensors")
+    found = {}
+    for name in "abcd":
         with safe_open(tmp_path / f"{name}.safetensors", framework="numpy") as archive:
-            found.append(archive.metadata()["sha256"])
-    assert found[0] == found[1]
+            found[name] = archive.metadata()["sha256"]
+    assert found["a"] == found["b"]
+    assert found["c"] == found["d"]
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -515,9 +515,13 @@ def own_copy(state: MeansState, filled: int) -> MeansState:
 def clear_room(state: MeansState) -> MeansState:
     """Return the same state in arrays of its own, with zeros where it holds nothing.
 
-    In their room another state may have written, or be writing.
+    In their room another state may have written, or be writing; and where a token came without queries, one that was
+    there before.
     """
     xp = array_namespace(state.keys)
+    asked = [*state.asked, *[False] * (state.queries.scales.shape[1] - len(state.asked))]
+    mask = xp.asarray(asked, dtype=xp.bool, device=state.keys.device)
+    codes, scales = state.queries.codes, state.queries.scales
 
     def cleared(x: Array, used: int) -> Array:
         return xp.concat([x[:, :used, ...], xp.zeros_like(x[:, used:, ...])], axis=1)
@@ -527,7 +531,10 @@ def clear_room(state: MeansState) -> MeansState:
         state,
         keys=cleared(state.keys, used),
         values=cleared(state.values, used),
-        queries=Codes(*(cleared(x, len(state.asked)) for x in (state.queries.codes, state.queries.scales))),
+        queries=Codes(
+            xp.where(mask[None, :, None], codes, xp.zeros_like(codes)),
+            xp.where(mask[None, :], scales, xp.zeros_like(scales)),
+        ),
         tail=Tail(state.n_exact),
     )
 
