@@ -43,18 +43,21 @@ class Model:
         Whether each came with its query.
     rows : tuple of int
         Rows of the batch, by those of the stream.
+    merged : tuple of Model
+        What the first tokens were merged from; none or two.
     """
 
     tokens: tuple[int, ...] = ()
     asked: tuple[bool, ...] = ()
     rows: tuple[int, ...] = (0, 1)
+    merged: tuple[Model, ...] = ()
 
     def more(self, tokens: list[int], asked: bool) -> Model:
         return replace(self, tokens=(*self.tokens, *tokens), asked=(*self.asked, *[asked] * len(tokens)))
 
 
 class Pool(RuleBasedStateMachine):
-    """Rules append to `sketches` and `models` in step; one that makes a sketch of others, a merge, calls `add`."""
+    """Rules append to `sketches` and `models` in step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,8 +93,10 @@ class Pool(RuleBasedStateMachine):
 
     def rebuilt(self, model: Model) -> AttentionSketch:
         """From scratch: in one pass, or one for each run of tokens with queries, or without."""
-        sketch, start = make(self.variant), 0
-        for asked, run in itertools.groupby(model.asked):
+        sketch, start = make(self.variant), sum(len(part.tokens) for part in model.merged)
+        if model.merged:
+            sketch = subgen.merge(*(self.rebuilt(replace(part, rows=model.rows)) for part in model.merged))
+        for asked, run in itertools.groupby(model.asked[start:]):
             size = len(list(run))
             q, k, v = self.block(model, model.tokens[start : start + size])
             sketch.update(k, v, q if asked else None)
@@ -200,6 +205,25 @@ class Pool(RuleBasedStateMachine):
             # Arrays have room for the row with most clusters; the others keep it when they are taken alone.
             rows = [*rows, *(row for row in range(len(model.rows)) if row not in rows)]
         self.add(sketch.take(rows), replace(model, rows=tuple(model.rows[row] for row in rows)))
+
+    @rule(data=st.data())
+    def merge(self, data: st.DataObject) -> None:
+        i, j = self.one(data), self.one(data)
+        pair, models = (self.sketches[i], self.sketches[j]), (self.models[i], self.models[j])
+        tokens, asked = (sum((getattr(model, name) for model in models), ()) for name in ("tokens", "asked"))
+        if len(tokens) > MOST:
+            return
+        filled = all(model.tokens for model in models)
+        if filled and len(models[0].rows) != len(models[1].rows):
+            for number in (i, j):
+                self.refuses(number, ValueError, lambda: subgen.merge(*pair))
+            return
+        if filled and models[0].rows != models[1].rows:
+            return  # of different streams, which nobody can tell
+        rows = models[0].rows if models[0].tokens else models[1].rows
+        states = [sketch.state for sketch in pair]
+        self.add(subgen.merge(*pair), Model(tokens, asked, rows, models))
+        assert all(sketch.state is state for sketch, state in zip(pair, states, strict=True))
 
     @precondition(lambda self: any(model.tokens for model in self.models))
     @rule(
