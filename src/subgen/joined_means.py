@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ._array import Array, array_namespace, chunks, compute_dtype, positions
+from .absorbing import value_scale
 from .backends import Operations
 from .counter import draws, stream_key
-from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_copy, value_scale
+from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_copy
 from .merging import Means, clusters_of_one, join, n_live
 from .metric import typical_direction, unusualness
 from .residual import Residual, join_samples
@@ -69,9 +70,9 @@ def join_means(
     )
     later = replace(other, importance=_importance(other, typical, first.n_seen, second.n_seen, full))
     n_seen = first.n_seen + second.n_seen
-    pool, joined = method.pool(held, join(tokens, later), ops)
+    pool, joined = method.pool(join(held, join(tokens, later)), held.counts.shape[1], ops)
     most = method.most(second, n_seen, pool.counts.shape[1])
-    merged, moved = _merge_gently(pool, method.metric(second), value_scale(recent_values), most, ops)
+    merged, moved = _merge_gently(pool, method.metric(second, ops), value_scale(recent_values), most, ops)
     residual = None
     if first.residual is not None and second.residual is not None:
         absorbed = first.n_seen - first.n_exact, second.n_seen - second.n_exact
@@ -83,10 +84,9 @@ def join_means(
         residual = join_samples(
             first.residual, second.residual, between_keys, between_values, absorbed, joined, moved, (choices, due)
         )
-    # Room behind arrays is written in place, so these must not be those of the second.
-    queries = Codes(*(xp.asarray(x, copy=True) for x in (second.queries.codes, second.queries.scales)))
-    state = replace(second, n_seen=n_seen, queries=queries, residual=residual)
-    return method.rebuild(state, merged, [sink_keys, window_keys], [sink_values, window_values], ops)
+    state = replace(second, n_seen=n_seen, residual=residual)
+    keys, values = (xp.concat(x, axis=1) for x in ([sink_keys, window_keys], [sink_values, window_values]))
+    return method.rebuild(state, merged, keys, values, 0, ops)
 
 
 def _cut(method: ClusterMeans, first: MeansState, second: MeansState, x: Array, y: Array) -> tuple[Array, Array, Array]:
