@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
-from ._array import Array, array_namespace, clip, positions
+from ._array import Array, array_namespace, clip, finfo, positions
 from .counter import DRAW_BITS, draws, stream_key
 
 __all__ = ["GOLDEN", "SNAP", "Codes", "Dither", "dequantize", "dither", "quantize", "round_to"]
@@ -42,7 +43,12 @@ class Dither:
 def dither(seed: int, purpose: int, number: int) -> Dither:
     """Draw the dither of one rounding: a function of its arguments."""
     # Python's integers draw it, and no device is asked for it.
-    return Dither(draws(stream_key(seed, purpose, 0), 0, number) * 2.0**-DRAW_BITS)
+    return Dither(draws(_key(seed, purpose), 0, number) * 2.0**-DRAW_BITS)
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, purpose: int) -> tuple[int, int]:
+    return stream_key(seed, purpose, 0)
 
 
 def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
@@ -62,16 +68,16 @@ def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
     array, shape (streams, ...)
     """
     xp = array_namespace(x)
-    info = xp.finfo(dtype)
+    info = finfo(dtype, xp)
     if info.bits > 16:
         return xp.astype(x, dtype, copy=False)
     u = uniform(x)
     # The unit of the last place: a power of two below |x|, times eps.
     magnitude = xp.abs(x)
-    smallest = float(info.smallest_normal)
+    smallest = info.smallest_normal
     exponent = xp.floor(xp.log2(xp.where(magnitude > smallest, magnitude, xp.full_like(magnitude, smallest))))
-    unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * float(info.eps)
-    largest = float(info.max)
+    unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * info.eps
+    largest = info.max
     nearest = xp.astype(clip(x, -largest, largest), dtype)
     exact = xp.astype(nearest, x.dtype) == x
     dithered = xp.astype(clip(x + (u - 0.5) * unit, -largest, largest), dtype)
