@@ -46,8 +46,8 @@ __all__ = [
 
 Storage = Literal["input", "int8"]
 
-# Logits held at once (numbers, not bytes).
-_LOGITS_AT_ONCE = 1 << 22
+# Logits held at once, or queries to be rounded (numbers, not bytes).
+_NUMBERS_AT_ONCE = 1 << 22
 # Importance falls with the root of the position, from 1 here: what came early was merged in a smaller crowd, and later
 # answers depend on it as much (docs/experiments.md).
 _EARLY = 1000.0
@@ -232,7 +232,7 @@ class ClusterMeans:
     def attend(self, state: MeansState, rows: Array, ops: Operations) -> tuple[Array, Array]:
         """Answer queries from the state; see `subgen.method.Method.attend`."""
         pairs = state.n_exact + state.counts.shape[1]
-        size = max(1, _LOGITS_AT_ONCE // (rows.shape[0] * pairs))
+        size = max(1, _NUMBERS_AT_ONCE // (rows.shape[0] * pairs))
         if rows.shape[1] <= size:
             return _answer(state, rows, 0, ops)
         return join_rows([_answer(state, rows[:, part, :], 0, ops) for part in chunks(rows.shape[1], size)])
@@ -253,7 +253,7 @@ class ClusterMeans:
         numbers = rows.shape[0] * residual.keys.shape[1] * state.values.shape[-1]
         absorbed = state.n_seen - state.n_exact
         pieces = []
-        for part in chunks(rows.shape[1], max(1, _LOGITS_AT_ONCE // numbers)):
+        for part in chunks(rows.shape[1], max(1, _NUMBERS_AT_ONCE // numbers)):
             output, logsumexp = _answer(state, rows[:, part, :], 0, ops)
             if absorbed:
                 pieces.append(correct(rows[:, part, :], output, logsumexp, means, residual, absorbed))
@@ -473,7 +473,16 @@ def own_copy(state: MeansState) -> MeansState:
 
 def _codes(state: MeansState, rows: Array, ops: Operations) -> Codes:
     """Choose and round a query of each token: ``(streams, group, n, head_dim)`` to codes ``(streams, n, head_dim)``."""
-    return ops.quantize(_turns(rows, state.n_seen), state.queries.scales.dtype)
+    xp = array_namespace(rows)
+    streams, _, n, head_dim = rows.shape
+    pieces = [
+        ops.quantize(_turns(rows[:, :, part, :], state.n_seen + part.start), state.queries.scales.dtype)
+        for part in chunks(n, max(1, _NUMBERS_AT_ONCE // (streams * head_dim)))
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    codes, scales = (xp.concat(list(x), axis=1) for x in zip(*((x.codes, x.scales) for x in pieces), strict=True))
+    return Codes(codes, scales)
 
 
 def _turns(rows: Array, first: int) -> Array:
