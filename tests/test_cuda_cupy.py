@@ -103,7 +103,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         entered=entered,
         cuda=types.SimpleNamespace(Device=device, compiler=types.SimpleNamespace(CompileException=CompileError)),
         # Nothing of linear algebra: CuPy refuses cuBLAS while a graph is recorded.
-        broadcast_arrays=np.broadcast_arrays,
+        broadcast_arrays=lambda *x: np.broadcast_arrays(*x, subok=True),
     )
     monkeypatch.setitem(sys.modules, "cupy", module)
     caches = (_cupy._function, _cupy._module, _cupy._multiprocessors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -70,7 +69,6 @@ def compute_dtype(x: Array) -> Any:
     return xp.float64 if x.dtype == xp.float64 else xp.float32
 
 
-@cache
 def dtype_name(dtype: object) -> str:
     """Name of a dtype of any library: ``"bfloat16"`` for torch's and for ml_dtypes'."""
     return str(getattr(dtype, "name", dtype)).split(".")[-1]
