@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import subgen_numpy._merging
-from libraries import LIBRARIES, to_numpy
+from libraries import LIBRARIES, Library, to_numpy
 
 import subgen
 from subgen import backends
+from subgen.absorbing import Dithers
 from subgen.backends import PORTABLE, Backend, BackendError
 from subgen.merging import Means
+from subgen.rounding import Codes, dither
 
 
 @pytest.fixture
@@ -214,6 +216,43 @@ def test_merging_ends_whatever_the_numbers(backend: Backend, metric: float) -> N
         )
     assert to_numpy(got.counts).sum() == 80
     assert to_numpy(got.counts).shape == (2, 5)
+
+
+@pytest.mark.parametrize("leave", [0, 3])
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("library", LIBRARIES.values(), ids=repr)
+def test_what_is_settled_is_new_and_the_same_in_every_library(library: Library, coded: bool, leave: int) -> None:
+    """Room behind the exact tokens is written in place, so no result may share memory with what was given."""
+    pytest.importorskip(library.module)
+    rng = np.random.default_rng(leave)
+    sink, window, d = 2, 7, 4
+    means = Means(
+        *(rng.normal(size=(2, 5, width)).astype(np.float32) for width in (d, 3)),
+        rng.integers(0, 4, size=(2, 5)).astype(np.int32),
+        rng.random((2, 5, 4), np.float32),
+        rng.random((2, 5), np.float32),
+    )
+    keys, values = (rng.normal(size=(2, sink + window, width)).astype(np.float32) for width in (d, 3))
+    codes, scales = rng.integers(-127, 128, size=(2, window, d)).astype(np.int8), rng.random((2, window), np.float32)
+    dithers = Dithers(*(dither(1, purpose, 9) for purpose in range(4)))
+    given = [library.array(x) for x in (keys, values, codes, scales)]
+    settle = backends.operations_for(given[0]).settle
+    got = settle(means.each(library.array), *given[:2], Codes(*given[2:]), leave, dithers, coded)
+    clusters = 0 if coded else 5
+    for mine, exact in ((got.keys, keys), (got.values, values)):
+        stay = np.concatenate([exact[:, :sink], exact[:, sink + leave :], np.zeros_like(exact[:, :leave])], axis=1)
+        np.testing.assert_array_equal(to_numpy(mine)[:, clusters:], stay)
+    for mine, old in ((got.queries.codes, codes), (got.queries.scales, scales)):
+        np.testing.assert_array_equal(to_numpy(mine), np.concatenate([old[:, leave:], 0 * old[:, :leave]], axis=1))
+    expected = PORTABLE["settle"](means, keys, values, Codes(codes, scales), leave, dithers, coded)
+    for name in ("keys", "spread", "importance"):
+        np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(expected, name), err_msg=name)
+    if library.name == "numpy":
+        pairs = [(got.keys, keys), (got.values, values), (got.queries.codes, codes), (got.queries.scales, scales)]
+        assert not any(np.shares_memory(mine, old) for mine, old in pairs)
+    assert (got.key_codes is None) == (got.value_codes is None) == (not coded)
+    if coded:
+        np.testing.assert_array_equal(to_numpy(got.key_codes.codes), expected.key_codes.codes)
 
 
 @pytest.mark.parametrize("backend", replacing("sketch_attention"), ids=lambda b: b.name)

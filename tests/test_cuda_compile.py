@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from subgen_cupy._absorbing import absorbing_module
 from subgen_cupy._attention import attention_module
 from subgen_cupy._launch import Module
 from subgen_cupy._leaders import leaders_module
@@ -35,6 +36,20 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
     "threefry": (THREEFRY, {"threefry2x32": 32}),
     "rounding": (ROUNDING, {"quantize": 48}),
     "leaders": (leaders_module("float16"), {"nearest_centres": 128, "open_leaders": 64}),
+    **{
+        f"absorbing_{stored}": (
+            absorbing_module(stored, means),
+            {
+                "gather": 88,
+                "turn_away": 64,
+                "weigh": 40,
+                "query_moment": 64,
+                "key_moment": 40,
+                "settle": 64,
+            },
+        )
+        for stored, means in [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")]
+    },
     "merging": (
         MERGING,
         {
@@ -50,6 +65,7 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
 SHARED = {
     "attend_split": 34 << 10,
     "nearest_centres": 17 << 10,
+    "query_moment": 17 << 10,
     "map_points": 9 << 10,
     "pair_costs": 19 << 10,
     "match_pairs": 256,
@@ -153,6 +169,7 @@ def test_the_kernels_are_package_data() -> None:
 
     folder = Path(subgen_cupy.__file__).parent / "kernels"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "absorbing.cu",
         "attention.cu",
         "common.cuh",
         "leaders.cu",

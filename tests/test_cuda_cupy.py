@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import cuda_emulation
+import ml_dtypes
 import numpy as np
 import pytest
 import subgen_cupy
 from subgen_cupy import _cupy
 from subgen_cupy._launch import Module
 
+from subgen._array import FloatInfo, finfo, is_floating, itemsize
 from subgen.backends import PORTABLE
 from subgen.merging import Means
 
@@ -101,7 +103,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         entered=entered,
         cuda=types.SimpleNamespace(Device=device, compiler=types.SimpleNamespace(CompileException=CompileError)),
         # Nothing of linear algebra: CuPy refuses cuBLAS while a graph is recorded.
-        broadcast_arrays=np.broadcast_arrays,
+        broadcast_arrays=lambda *x: np.broadcast_arrays(*x, subok=True),
     )
     monkeypatch.setitem(sys.modules, "cupy", module)
     caches = (_cupy._function, _cupy._module, _cupy._multiprocessors)
@@ -222,3 +224,16 @@ def test_a_kernel_that_does_not_compile_says_which_and_with_what() -> None:
     module = Module("threefry.cu", types=(("ELEMENT", "no such type"),))
     with pytest.raises(_cupy.KernelError, match=r"threefry.cu does not compile for device 1 .*no such type"):
         _cupy._function(1, module, "threefry2x32")
+
+
+def test_bfloat16_is_a_floating_dtype_of_cupy_though_cupy_refuses_to_say_so() -> None:
+    def refuses(*_: object) -> None:
+        raise TypeError("dtype argument must be a NumPy dtype")
+
+    cupy, numpy = (types.SimpleNamespace(__name__=name, isdtype=refuses, finfo=refuses) for name in ("cupy", "numpy"))
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    assert is_floating(dtype, cupy)
+    assert not is_floating(dtype, numpy)
+    known, info = ml_dtypes.finfo(dtype), finfo(dtype, cupy)
+    assert info == FloatInfo(known.bits, float(known.eps), float(known.max), float(known.smallest_normal))
+    assert itemsize(dtype, cupy) == 2

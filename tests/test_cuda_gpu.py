@@ -110,14 +110,35 @@ def test_merging_never_asks_the_host(lab: Lab, most: int) -> None:
     np.testing.assert_array_equal(merged.counts, members)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("storage", ["input", "int8"])
+def test_a_block_is_absorbed_without_asking_the_host(lab: Lab, dtype: str, asked: bool, storage: Any) -> None:
+    import cupy
+
+    rng = np.random.default_rng(5)
+    queries, keys, values = (lab.put(rng.normal(size=(heads, 300, 64)).astype(DTYPES[dtype])) for heads in (8, 2, 2))
+    sketch = subgen.AttentionSketch(max_clusters=64, window=64, storage=storage, check_finite=False)
+    sketch.update(keys, values, queries if asked else None)
+    block = [x[:, :32] for x in (keys, values, queries)]
+    # A question to the host while a graph is recorded is an error; each time half a window leaves.
+    replay, _ = capture(lambda: sketch.update(*block[: 2 + asked]))
+    replay()
+    cupy.cuda.Device().synchronize()
+    state: Any = sketch.state
+    assert sketch.n_seen == 364
+    assert lab.get(state.counts).sum(axis=1).tolist() == [364 - state.n_exact] * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_long_streams_are_answered_as_well_as_on_numpy(lab: Lab, dtype: str) -> None:
     rng = np.random.default_rng(1)
-    keys, values = rng.normal(size=(2, 4, 600, 64)).astype(dtype)
-    queries = rng.normal(size=(8, 600, 64)).astype(dtype)
+    keys, values = rng.normal(size=(2, 4, 600, 64)).astype(DTYPES[dtype])
+    queries = rng.normal(size=(8, 600, 64)).astype(DTYPES[dtype])
     exact = subgen.attention(*(x.astype(np.float32) for x in (queries[:, -4:], keys, values)))
     errors = []
-    for put, get in ((np.asarray, np.asarray), (lab.put, lab.get)):
+    # NumPy computes with no bfloat16.
+    for put, get in ((lambda x: x.astype(np.float32) if dtype == "bfloat16" else x, np.asarray), (lab.put, lab.get)):
         sketch = subgen.AttentionSketch(max_clusters=64, window=32, sink=2)
         sketch.update(*map(put, (keys, values, queries)))
         outputs = get(sketch.attend(put(queries[:, -4:])))

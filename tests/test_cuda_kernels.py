@@ -16,13 +16,16 @@ import cuda_labs
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import BACKEND, _attention, _leaders, _merging, _operations, _rounding, _threefry
+from subgen_cupy import BACKEND, _absorbing, _attention, _leaders, _merging, _operations, _rounding, _threefry
 
 import subgen
-from subgen import backends, merging
+from subgen import _array, backends, merging
+from subgen._array import dtype_name
+from subgen.absorbing import Dithers
 from subgen.backends import PORTABLE
 from subgen.mass import log_weights
 from subgen.merging import Means
+from subgen.rounding import Codes, dither
 
 # Sums of a few hundred float32 terms of order 1, in another order than the reference's.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -440,6 +443,179 @@ def test_there_is_room_for_many_clusters() -> None:
     assert math.isclose(_merging._match_shared(_merging.MOST_CLUSTERS), 48 << 10, rel_tol=0.02)
 
 
+# Absorbing
+
+
+def stored_case(rng: np.random.Generator, clusters: int, n: int, dims: tuple[int, int], stored: str, means: str) -> Any:
+    """Clusters and n exact tokens, as they are stored, at random."""
+
+    def draw(dtype: str, *shape: int) -> np.ndarray:
+        return rng.normal(size=(2, *shape)).astype(DTYPES[dtype])
+
+    held = Means(
+        keys=draw(means, clusters, dims[0]) + DTYPES[means](0.5),
+        values=draw(means, clusters, dims[1]),
+        counts=rng.integers(0, 5, size=(2, clusters)).astype(np.int32),
+        spread=abs(draw(stored, clusters, merging.bands(dims[0]))),
+        importance=abs(draw(stored, clusters)),
+        leaders=draw(stored, clusters, dims[0]),
+    )
+    return held, draw(stored, n, dims[0]), draw(stored, n, dims[1])
+
+
+def wide(x: Any) -> Any:
+    """NumPy does not know bfloat16 well enough for the portable code: to float32, which is exact."""
+    return x if x is None or x.dtype == np.int32 else x.astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("stored", "means"), [
+    ("float32", "float32"),
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("bfloat16", "bfloat16"),
+])  # fmt: skip
+@pytest.mark.parametrize(
+    ("clusters", "window", "leave", "dims"), [(70, 40, 20, (40, 24)), (0, 7, 3, (3, 5)), (9, 70, 35, (128, 128))]
+)
+def test_tokens_are_collected_as_by_the_portable_code(
+    lab: Lab, clusters: int, window: int, leave: int, dims: tuple[int, int], stored: str, means: str, seed: int
+) -> None:
+    lab = lab.seeded(seed)
+    held, keys, values = stored_case(np.random.default_rng(seed), clusters, window + 3, dims, stored, means)
+    keys[1, 2], values[1] = 0, 0  # a key without a direction, a stream without values
+    # Behind the sinks of a buffer, as a sketch has them.
+    window_keys, window_values = (lab.put(x)[:, 3:] for x in (keys, values))
+    pool, scale = _absorbing.collect(lab.device, held.each(lab.put), window_keys, window_values, leave, 0.7)
+    expected, expected_scale = PORTABLE["collect"](held.each(wide), wide(keys[:, 3:]), wide(values[:, 3:]), leave, 0.7)
+    got = pool.each(lab.get)
+    for name in ("keys", "values", "counts", "spread"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+    assert got.leaders.dtype == DTYPES[stored]
+    np.testing.assert_array_equal(got.leaders.astype(np.float32), expected.leaders)
+    # The fourth power of a sum of a few hundred terms of order 1, in another order.
+    np.testing.assert_allclose(got.importance, expected.importance, rtol=2e-4)
+    np.testing.assert_allclose(lab.get(scale), expected_scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "asked", "dim"), [(40, 40, 40), (7, 5, 3), (150, 150, 128), (70, 66, 4)])
+def test_the_metric_is_the_portable_one(lab: Lab, window: int, asked: int, dim: int) -> None:
+    rng = np.random.default_rng(window)
+    codes = rng.integers(-127, 128, size=(2, window, dim)).astype(np.int8)
+    # Powers of two and whole numbers: sums are exact, but for the ridge.
+    scales = 2.0 ** rng.integers(-1, 2, size=(2, window)).astype(np.float32)
+    keys = rng.normal(size=(2, asked, dim)).astype(np.float32)
+    got = _absorbing.query_moment(lab.device, Codes(lab.put(codes), lab.put(scales)), asked)
+    expected = PORTABLE["query_moment"](keys, Codes(codes, scales), (True,) * asked, None)
+    np.testing.assert_allclose(lab.get(got), expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
+    np.testing.assert_array_equal(lab.get(got), lab.get(got).swapaxes(1, 2))
+    for scale, dtype in [(None, "float32"), (0.3, "bfloat16")]:
+        stored = keys.astype(DTYPES[dtype])
+        expected = PORTABLE["query_moment"](wide(stored), Codes(codes, scales), (False,) * asked, scale)
+        np.testing.assert_allclose(
+            lab.get(_absorbing.key_moment(lab.device, lab.put(stored), scale)), expected, rtol=1e-5
+        )
+
+
+def between(x: np.ndarray, stored: str) -> np.ndarray:
+    """Float32 numbers at any distance from those of 16 bits; none is just below a power of two.
+
+    There the portable code takes its logarithm for the power, where a library rounds it so, and the kernel does not.
+    """
+    with np.errstate(over="ignore"):
+        exact = x.astype(DTYPES[stored]).astype(np.float32)
+    x = np.where((np.arange(x.size).reshape(x.shape) % 5 == 0) & np.isfinite(exact), exact, x)
+    near = np.frexp(abs(x))[0] > 1 - 1e-5
+    return np.where(near, 0.75, x).astype(np.float32)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("clusters", "sink", "window", "leave", "dims"), [
+    (50, 4, 32, 16, (40, 24)),
+    (1, 0, 7, 3, (3, 5)),
+    (9, 2, 16, 0, (8, 8)),
+])  # fmt: skip
+def test_clusters_are_rounded_and_tokens_move_up_as_in_the_portable_code(
+    lab: Lab, clusters: int, sink: int, window: int, leave: int, dims: tuple[int, int], stored: str, coded: bool
+) -> None:
+    rng = np.random.default_rng(clusters)
+    means, keys, values = stored_case(rng, clusters, sink + window, dims, stored, "float32")
+    size = 10.0 ** rng.integers(-9, 7, size=(2, clusters, 1))  # from below the smallest float16 to above the largest
+    means = replace(means, keys=means.keys * size, values=means.values * size, leaders=None).each(wide)
+    means = replace(means, keys=between(means.keys, stored), values=between(means.values, stored))
+    queries = Codes(
+        rng.integers(-127, 128, size=(2, window, dims[0])).astype(np.int8), rng.random((2, window), np.float32)
+    )
+    dithers = Dithers(*(dither(3, purpose, 77) for purpose in range(4)))
+    got = _absorbing.settle(
+        lab.device,
+        means.each(lab.put),
+        lab.put(keys),
+        lab.put(values),
+        Codes(lab.put(queries.codes), lab.put(queries.scales)),
+        leave,
+        dithers,
+        coded,
+    )
+    pytest.importorskip("torch")
+    expected = settled_by_torch(means, keys, values, queries, leave, dithers, coded, stored)
+    for name in ("keys", "values", "spread", "importance"):
+        mine = lab.get(getattr(got, name))
+        assert mine.dtype == DTYPES[stored]
+        np.testing.assert_array_equal(wide(mine), expected[name], err_msg=name)
+    for name in ("key_codes", "value_codes", "queries"):
+        mine = getattr(got, name)
+        assert (mine is None) == (expected[name] is None)
+        if mine is not None:
+            np.testing.assert_array_equal(lab.get(mine.codes), expected[name][0], err_msg=name)
+            np.testing.assert_array_equal(wide(lab.get(mine.scales)), expected[name][1], err_msg=name)
+
+
+def settled_by_torch(
+    means: Means, keys: Any, values: Any, queries: Codes, leave: int, dithers: Dithers, coded: bool, stored: str
+) -> dict[str, Any]:
+    """The portable operation, on torch's tensors: NumPy has no limits of bfloat16."""
+    import torch
+
+    def put(x: Any) -> Any:
+        tensor = torch.from_numpy(wide(x) if x.dtype == DTYPES["bfloat16"] else x)
+        return tensor.to(torch.bfloat16) if x.dtype == DTYPES["bfloat16"] else tensor
+
+    settled = PORTABLE["settle"](
+        means.each(put), put(keys), put(values), Codes(put(queries.codes), put(queries.scales)), leave, dithers, coded
+    )
+
+    def get(x: Any) -> Any:
+        return (x.float() if x.is_floating_point() else x).numpy()
+
+    codes = {name: getattr(settled, name) for name in ("key_codes", "value_codes", "queries")}
+    return {name: get(getattr(settled, name)) for name in ("keys", "values", "spread", "importance")} | {
+        name: None if x is None else (get(x.codes), get(x.scales)) for name, x in codes.items()
+    }
+
+
+@pytest.mark.parametrize("storage", ["input", "int8"])
+def test_a_block_is_absorbed_in_eleven_launches(monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:
+    lab = cuda_labs.emulation()
+    monkeypatch.setattr(_operations, "device_of", lambda x: lab.device)
+    monkeypatch.setattr(backends, "_resolved", {"numpy": backends.Operations(**BACKEND.operations)})
+    x = np.random.default_rng(15).normal(size=(2, 70, 8)).astype(np.float16)
+    sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2, storage=storage)
+    sketch.update(x[:, :66], x[:, :66], x[:, :66])
+    before: Any = sketch.state
+    lab.device.launches.clear()  # type: ignore[attr-defined]
+    sketch.update(x[:, 66:67], x[:, 66:67], x[:, 66:67])
+    after: Any = sketch.state
+    assert before.n_exact == 18
+    assert after.n_exact == 11
+    names = [launch.kernel for launch in lab.device.launches]  # type: ignore[attr-defined]
+    merging_names = ["weighted_mean", "features", "map_points", "pair_costs", "match_pairs", "merge_pairs"]
+    absorbed = ["gather", "turn_away", "weigh", "query_moment", *merging_names, "settle"]
+    assert [name for name in names if name != "quantize"] == absorbed
+    assert len(absorbed) == 11
+
+
 # The sketch
 
 
@@ -488,6 +664,26 @@ def test_the_sketch_answers_as_well_as_with_the_portable_code(library: Lab, dtyp
     assert (counts > 0).sum() == (portable_state.counts > 0).sum()
 
 
+@pytest.mark.parametrize("storage", ["input", "int8"])
+def test_a_sketch_of_bfloat16(library: Lab, monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:
+    if library.name == "emulation":  # NumPy's then stand for CuPy's
+        monkeypatch.setattr(_array, "_is_cupys_bfloat16", lambda dtype, xp: dtype_name(dtype) == "bfloat16")
+    rng = np.random.default_rng(16)
+    arrays = [rng.normal(size=(heads, 130, 8)).astype(DTYPES["bfloat16"]) for heads in (4, 2, 2)]
+    errors = []
+    for lab, given in ((library, arrays), (Lab("numpy"), [x.astype(np.float32) for x in arrays])):
+        queries, keys, values = map(lab.put, given)
+        sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2, storage=storage)
+        sketch.update(keys[:, :120], values[:, :120], queries[:, :120])
+        outputs = lab.get(sketch.step(*(x[:, 120:] for x in (queries, keys, values))))
+        assert outputs.dtype == given[0].dtype
+        state: Any = sketch.state
+        assert {dtype_name(x.dtype) for x in (state.keys, state.spread)} == {dtype_name(given[0].dtype)}
+        exact = subgen.attention(*(x.astype(np.float32) for x in arrays), causal=True)[:, 120:]
+        errors.append(np.linalg.norm(outputs.astype(np.float32) - exact) / np.linalg.norm(exact))
+    assert errors[0] < 1.1 * errors[1]
+
+
 def test_threshold_clusters_and_samples_are_those_of_the_portable_code(library: Lab) -> None:
     rng = np.random.default_rng(12)
     arrays = [rng.integers(-2, 3, size=(heads, 130, 4)).astype(np.float32) for heads in (2, 2, 2)]
@@ -528,7 +724,7 @@ def test_every_barrier_is_needed_and_its_absence_noticed() -> None:
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert sorted(report) == ["attention.cu", "leaders.cu", "merging.cu"]
+    assert sorted(report) == ["absorbing.cu", "attention.cu", "leaders.cu", "merging.cu"]
     assert [(file, line) for file, lines in report.items() for line, noticed in lines.items() if not noticed] == []
 
 

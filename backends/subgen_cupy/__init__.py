@@ -11,8 +11,11 @@ from subgen.backends import Backend
 from ._cupy import capture
 from ._operations import (
     assign_leaders,
+    collect,
     merge_closest,
     quantize,
+    query_moment,
+    settle,
     sketch_attention,
     threefry2x32,
     weighted_attention,
@@ -31,5 +34,8 @@ BACKEND = Backend(
         "merge_closest": merge_closest,
         "write": write,
         "quantize": quantize,
+        "collect": collect,
+        "query_moment": query_moment,
+        "settle": settle,
     },
 )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any, Protocol
 
 import numpy as np
 
-from subgen._array import dtype_name as element
+from subgen._array import dtype_name
 
 __all__ = [
     "ALIGNMENT",
@@ -45,6 +46,12 @@ MAX_SHARED = 48 << 10
 
 # Arguments travel as NumPy scalars: their size is then the size of the kernel's parameter, whoever launches it.
 i32, i64, f64 = np.int32, np.int64, np.float64
+
+
+@cache
+def element(dtype: Any) -> str:
+    """Name of a dtype of CuPy's; remembered, as a block of tokens asks for dozens."""
+    return dtype_name(dtype)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from subgen.absorbing import Dithers, Settled
 from subgen.backends import PORTABLE
 from subgen.merging import Means
 from subgen.rounding import Codes, Dither
 
-from . import _attention, _leaders, _merging, _rounding, _threefry
+from . import _absorbing, _attention, _leaders, _merging, _rounding, _threefry
 from ._cupy import device_of
 from ._launch import Array, element
 
 __all__ = [
     "assign_leaders",
+    "collect",
     "merge_closest",
     "quantize",
+    "query_moment",
+    "settle",
     "sketch_attention",
     "threefry2x32",
     "weighted_attention",
@@ -94,6 +98,47 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
         codes: Codes = PORTABLE["quantize"](x, dtype, uniform)
         return codes
     return _rounding.quantize(device_of(x), x)
+
+
+def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) -> tuple[Means, Array]:
+    """Put the tokens that leave the window behind the clusters; see `subgen.absorbing.collect`."""
+    stored = element(keys.dtype)
+    taken = (
+        stored in _STORED
+        and {element(x.dtype) for x in (values, held.spread, held.importance)} == {stored}
+        and element(held.keys.dtype) == element(held.values.dtype)
+        and element(held.keys.dtype) in (stored, "float32")
+        and keys.shape[-1] <= _absorbing.MOST_DIM
+        and 0 not in (keys.size, values.size)
+    )
+    if not taken:
+        answer: tuple[Means, Array] = PORTABLE["collect"](held, keys, values, leave, weight)
+        return answer
+    return _absorbing.collect(device_of(keys), held, keys, values, leave, weight)
+
+
+def query_moment(keys: Array, queries: Codes, asked: tuple[bool, ...], scale: float | None) -> Array:
+    """Second moment of the queries in the window; see `subgen.metric.query_moment`.
+
+    By a kernel where all tokens came with queries, or none.
+    """
+    if element(keys.dtype) not in _STORED or 0 in (keys.size, queries.codes.size) or len(set(asked)) > 1:
+        moment: Array = PORTABLE["query_moment"](keys, queries, asked, scale)
+        return moment
+    if any(asked):
+        return _absorbing.query_moment(device_of(keys), queries, len(asked))
+    return _absorbing.key_moment(device_of(keys), keys, scale)
+
+
+def settle(
+    means: Means, keys: Array, values: Array, queries: Codes, leave: int, dithers: Dithers, coded: bool
+) -> Settled:
+    """Round clusters, and move up the tokens that stay; see `subgen.absorbing.settle`."""
+    stored, wide = element(keys.dtype), {element(x.dtype) for x in (means.keys, means.values, means.spread)}
+    if stored not in _STORED or element(values.dtype) != stored or wide != {"float32"} or 0 in (keys.size, values.size):
+        settled: Settled = PORTABLE["settle"](means, keys, values, queries, leave, dithers, coded)
+        return settled
+    return _absorbing.settle(device_of(keys), means, keys, values, queries, leave, dithers, coded)
 
 
 def _few_rows(queries: Array, keys: Array, values: Array) -> bool:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import array_api_compat
 
 __all__ = [
     "Array",
+    "FloatInfo",
     "Namespace",
     "array_namespace",
     "chunks",
     "clip",
     "compute_dtype",
     "dtype_name",
+    "finfo",
+    "is_floating",
     "itemsize",
     "library_name",
     "nbytes",
@@ -71,6 +74,39 @@ def dtype_name(dtype: object) -> str:
     return str(getattr(dtype, "name", dtype)).split(".")[-1]
 
 
+def is_floating(dtype: Any, xp: Namespace) -> bool:
+    """Whether a library computes with a dtype, and as with real numbers."""
+    if _is_cupys_bfloat16(dtype, xp):
+        return True
+    try:
+        return bool(xp.isdtype(dtype, "real floating"))
+    except TypeError:  # a dtype the library itself does not know, such as ml_dtypes' bfloat16 in NumPy
+        return False
+
+
+@dataclass(frozen=True)
+class FloatInfo:
+    """Limits of a floating dtype; see `finfo` of the standard."""
+
+    bits: int
+    eps: float
+    max: float
+    smallest_normal: float
+
+
+def finfo(dtype: Any, xp: Namespace) -> FloatInfo:
+    """Return the limits of a floating dtype."""
+    if _is_cupys_bfloat16(dtype, xp):
+        return FloatInfo(bits=16, eps=2.0**-7, max=(2.0 - 2.0**-7) * 2.0**127, smallest_normal=2.0**-126)
+    info = xp.finfo(dtype)
+    return FloatInfo(int(info.bits), float(info.eps), float(info.max), float(info.smallest_normal))
+
+
+def _is_cupys_bfloat16(dtype: Any, xp: Namespace) -> bool:
+    """CuPy casts and computes with the bfloat16 of ml_dtypes, but its functions that tell of dtypes refuse it."""
+    return library_name(xp) == "cupy" and dtype_name(dtype) == "bfloat16"
+
+
 def positions(n: int, like: Array) -> Array:
     """Return ``0 .. n - 1`` as int64 on the device of ``like``."""
     xp = array_namespace(like)
@@ -79,10 +115,9 @@ def positions(n: int, like: Array) -> Array:
 
 def itemsize(dtype: Any, xp: Namespace) -> int:
     """Bytes of a number of a dtype."""
-    if xp.isdtype(dtype, "bool"):
-        return 1
-    info = xp.finfo(dtype) if xp.isdtype(dtype, "real floating") else xp.iinfo(dtype)
-    return int(info.bits) // 8
+    if is_floating(dtype, xp):
+        return finfo(dtype, xp).bits // 8
+    return 1 if xp.isdtype(dtype, "bool") else int(xp.iinfo(dtype).bits) // 8
 
 
 def nbytes(state: Any) -> int:

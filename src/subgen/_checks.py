@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any
 
-from ._array import Array, Namespace, array_namespace, library_name
+from ._array import Array, Namespace, array_namespace, is_floating, library_name
 
 __all__ = [
     "check_alike",
@@ -97,11 +97,7 @@ def _namespace(name: str, x: Any) -> Namespace:
 
 def _check_array(name: str, x: Any) -> None:
     xp = _namespace(name, x)
-    try:
-        floating = xp.isdtype(x.dtype, "real floating")
-    except TypeError:  # a dtype the library itself does not know, such as ml_dtypes' bfloat16 in NumPy
-        floating = False
-    if not floating:
+    if not is_floating(x.dtype, xp):
         raise TypeError(
             f"{name} must have a real floating dtype that {library_name(xp)} computes with, got {x.dtype}; "
             f"cast it first, for example to float32"

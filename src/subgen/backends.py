@@ -37,10 +37,12 @@ from types import MappingProxyType
 from typing import Any
 
 from ._array import Array, array_namespace, library_name
+from .absorbing import Settled, collect, settle
 from .clustering import assign_leaders
 from .counter import threefry2x32
 from .mass import sketch_attention
 from .merging import merge_closest
+from .metric import query_moment
 from .rounding import Codes, quantize
 from .tail import write
 from .weighted import weighted_attention
@@ -61,6 +63,9 @@ class Operations:
     merge_closest: Callable[..., tuple[Any, Array]] = merge_closest
     write: Callable[..., Array] = write
     quantize: Callable[..., Codes] = quantize
+    collect: Callable[..., tuple[Any, Array]] = collect
+    query_moment: Callable[..., Array] = query_moment
+    settle: Callable[..., Settled] = settle
 
 
 #: The operations a backend may replace, and the portable function behind each.

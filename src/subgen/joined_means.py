@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ._array import Array, array_namespace, compute_dtype, positions
+from ._array import Array, array_namespace, clip, compute_dtype, positions
+from .absorbing import value_scale
 from .backends import Operations
 from .counter import draws, stream_key
-from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_copy, value_scale
+from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_copy
 from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
 from .residual import Residual, join_samples
@@ -72,7 +73,7 @@ def join_means(
         method,
         held,
         join(tokens, later),
-        method.metric(second),
+        method.metric(second, ops),
         value_scale(recent_values),
         lambda pool: method.most(second, n_seen, pool),
         ops,
@@ -95,10 +96,9 @@ def join_means(
             places,
             (choices, due),
         )
-    # Room behind arrays is written in place, so these must not be those of the second.
-    queries = Codes(*(xp.asarray(x, copy=True) for x in (second.queries.codes, second.queries.scales)))
-    state = replace(second, n_seen=n_seen, queries=queries, residual=residual)
-    return method.rebuild(state, merged, [sink_keys, window_keys], [sink_values, window_values], ops)
+    state = replace(second, n_seen=n_seen, residual=residual)
+    keys, values = (xp.concat(x, axis=1) for x in ([sink_keys, window_keys], [sink_values, window_values]))
+    return method.rebuild(state, merged, keys, values, 0, ops)
 
 
 def _cut(method: ClusterMeans, first: MeansState, second: MeansState, x: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -159,11 +159,11 @@ def _absorb(
     start, total = 0, more.counts.shape[1]
     while start < total:
         part = slice(start, min(total, start + max(method.block, held.counts.shape[1] // _AT_ONCE)))
-        pool, joined = method.pool(held, _part(more, part), ops)
+        pool, joined = method.pool(join(held, _part(more, part)), held.counts.shape[1], ops)
         left = most(pool.counts.shape[1])
         held, moved = ops.merge_closest(pool, metric, value_scale, left, left)
         # Places that were free lead nowhere.
-        places = xp.clip(xp.take_along_axis(moved, xp.concat([places, joined], axis=1), axis=1), max=left - 1)
+        places = clip(xp.take_along_axis(moved, xp.concat([places, joined], axis=1), axis=1), None, left - 1)
         start = part.stop
     return held, places
 

@@ -19,20 +19,19 @@ the state does not depend on how calls were cut.
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
+from .absorbing import Dithers, widened
 from .backends import Operations
 from .budget import Budget, Footprint
 from .clustering import room_for
 from .counter import stream_key
 from .leaders import join_leaders
-from .merging import Means, bands, clusters_of_one, join, n_live
-from .metric import isotropic_moment, second_moment, typical_direction, unusualness
+from .merging import Means, bands, n_live
 from .residual import Residual, correct, empty_residual, sample_tokens
-from .rounding import Codes, Dither, dequantize, dither, quantize, round_to
+from .rounding import Codes, dequantize, dither
 from .tail import Tail
 from .weighted import join_rows, merge_attention
 
@@ -44,16 +43,12 @@ __all__ = [
     "clear_room",
     "early_weight",
     "own_copy",
-    "value_scale",
 ]
 
 Storage = Literal["input", "int8"]
 
-# Logits held at once (numbers, not bytes).
-_LOGITS_AT_ONCE = 1 << 22
-# Weight of a squared distance of values, in units of their typical norm, beside one of logits: keys that were merged
-# wrongly are mended by the spread, values are not.
-_VALUE_WEIGHT = 3.0
+# Logits held at once, or queries to be rounded (numbers, not bytes).
+_NUMBERS_AT_ONCE = 1 << 22
 # Importance falls with the root of the position, from 1 here: what came early was merged in a smaller crowd, and later
 # answers depend on it as much (docs/experiments.md).
 _EARLY = 1000.0
@@ -211,9 +206,10 @@ class ClusterMeans:
         self, state: MeansState, keys: Array, values: Array, rows: Array | None, heads: Array, ops: Operations
     ) -> MeansState:
         """Absorb tokens; see `subgen.method.Method.update`."""
+        codes = None if rows is None else _codes(state, rows, ops)
         start, n = 0, keys.shape[1]
         while start < n:
-            state, part = self._take(state, keys, values, rows, start, heads, ops)
+            state, part = self._take(state, keys, values, codes, start, heads, ops)
             start = part.stop
         return state
 
@@ -223,9 +219,10 @@ class ClusterMeans:
         """Absorb tokens and answer each of them; see `subgen.method.Method.step`."""
         xp = array_namespace(keys)
         streams, group, n, head_dim = rows.shape
+        codes = _codes(state, rows, ops)
         outputs, start = [], 0
         while start < n:
-            state, part = self._take(state, keys, values, rows, start, heads, ops)
+            state, part = self._take(state, keys, values, codes, start, heads, ops)
             size = part.stop - part.start
             piece = xp.reshape(rows[:, :, part, :], (streams, group * size, head_dim))
             output, _ = _answer(state, piece, size, ops)
@@ -236,7 +233,7 @@ class ClusterMeans:
     def attend(self, state: MeansState, rows: Array, ops: Operations) -> tuple[Array, Array]:
         """Answer queries from the state; see `subgen.method.Method.attend`."""
         pairs = state.n_exact + state.counts.shape[1]
-        size = max(1, _LOGITS_AT_ONCE // (rows.shape[0] * pairs))
+        size = max(1, _NUMBERS_AT_ONCE // (rows.shape[0] * pairs))
         if rows.shape[1] <= size:
             return _answer(state, rows, 0, ops)
         return join_rows([_answer(state, rows[:, part, :], 0, ops) for part in chunks(rows.shape[1], size)])
@@ -257,7 +254,7 @@ class ClusterMeans:
         numbers = rows.shape[0] * residual.keys.shape[1] * state.values.shape[-1]
         absorbed = state.n_seen - state.n_exact
         pieces = []
-        for part in chunks(rows.shape[1], max(1, _LOGITS_AT_ONCE // numbers)):
+        for part in chunks(rows.shape[1], max(1, _NUMBERS_AT_ONCE // numbers)):
             output, logsumexp = _answer(state, rows[:, part, :], 0, ops)
             if absorbed:
                 pieces.append(correct(rows[:, part, :], output, logsumexp, means, residual, absorbed))
@@ -270,7 +267,7 @@ class ClusterMeans:
         state: MeansState,
         keys: Array,
         values: Array,
-        rows: Array | None,
+        codes: Codes | None,
         start: int,
         heads: Array,
         ops: Operations,
@@ -280,11 +277,10 @@ class ClusterMeans:
         filled = state.n_exact
         size = min(keys.shape[1] - start, self.sink + self.window - filled)
         part = slice(start, start + size)
-        codes = None
-        skip = max(0, self.sink - filled)  # sinks, which keep no query
-        if rows is not None and size > skip:
-            mine = rows[:, :, start + skip : part.stop, :]
-            codes = ops.quantize(_turns(mine, state.n_seen + skip), state.queries.scales.dtype)
+        if codes is not None:
+            skip = min(size, max(0, self.sink - filled))  # sinks, which keep no query
+            mine = slice(start + skip, part.stop)
+            codes = Codes(codes.codes[:, mine, :], codes.scales[:, mine])
         return self.append(state, keys[:, part, :], values[:, part, :], codes, ops), part
 
     def make_room(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
@@ -337,24 +333,15 @@ class ClusterMeans:
 
     def _absorb(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
         """Move the oldest half of a full window into the clusters."""
-        xp = array_namespace(state.keys)
-        wide = compute_dtype(state.keys)
-        sinks = slice(state.n_means, state.n_means + self.sink)
-        leaves = slice(sinks.stop, sinks.stop + self.block)
-        window_keys = xp.astype(state.keys[:, sinks.stop :, :], wide, copy=False)
-        window_values = xp.astype(state.values[:, sinks.stop :, :], wide, copy=False)
-        held = self.means(state, wide)
-        tokens = window_keys[:, : self.block, :]
-        typical = typical_direction(window_keys, held.keys, xp.astype(held.counts, wide))
-        leaving = clusters_of_one(
-            tokens,
-            window_values[:, : self.block, :],
-            unusualness(tokens, *typical) * early_weight(state.n_seen),
-            None if self.delta is None else state.keys[:, leaves, :],
+        window = slice(state.n_means + self.sink, None)
+        leaves = slice(window.start, window.start + self.block)
+        held = self.stored(state)
+        pool, value_scale = ops.collect(
+            held, state.keys[:, window, :], state.values[:, window, :], self.block, early_weight(state.n_seen)
         )
-        pool, joined = self.pool(held, leaving, ops)
+        pool, joined = self.pool(pool, held.counts.shape[1], ops)
         most = self.most(state, state.n_seen, pool.counts.shape[1])
-        merged, moved = ops.merge_closest(pool, self.metric(state), value_scale(window_values), most, most)
+        merged, moved = ops.merge_closest(pool, self.metric(state, ops), value_scale, most, most)
         residual = state.residual
         if residual is not None:
             key = stream_key(self.seed, RESIDUAL_DRAWS, heads, ops.threefry2x32)
@@ -362,57 +349,41 @@ class ClusterMeans:
             residual = sample_tokens(
                 residual, state.keys[:, leaves, :], state.values[:, leaves, :], joined, moved, offered, key, ops
             )
+        exact = slice(state.n_means, None)
+        keys, values = state.keys[:, exact, :], state.values[:, exact, :]
+        state = replace(state, n_exact=state.n_exact - self.block, asked=state.asked[self.block :], residual=residual)
+        return self.rebuild(state, merged, keys, values, self.block, ops)
 
-        def left(x: Array) -> list[Array]:
-            """Take out the tokens that leave, and leave as much room at the end."""
-            return [x[:, sinks, :], x[:, leaves.stop :, :], xp.zeros_like(x[:, : self.block, :])]
-
-        def moved_up(x: Array) -> Array:
-            return xp.concat([x[:, self.block :, ...], xp.zeros_like(x[:, : self.block, ...])], axis=1)
-
-        state = replace(
-            state,
-            n_exact=state.n_exact - self.block,
-            queries=Codes(moved_up(state.queries.codes), moved_up(state.queries.scales)),
-            asked=state.asked[self.block :],
-            residual=residual,
-        )
-        return self.rebuild(state, merged, left(state.keys), left(state.values), ops)
-
-    def metric(self, state: MeansState) -> Array:
+    def metric(self, state: MeansState, ops: Operations) -> Array:
         """Which differences of keys matter, by the queries in the window: ``(streams, head_dim, head_dim)``."""
-        xp = array_namespace(state.keys)
-        wide, asked = compute_dtype(state.keys), state.asked
-        if not any(asked):
-            first = state.n_means + self.sink
-            window = state.keys[:, first : state.n_means + state.n_exact, :]
-            return isotropic_moment(xp.astype(window, wide, copy=False), self.scale)
-        rows = dequantize(state.queries, wide)[:, : len(asked), :]
-        if not all(asked):
-            told = xp.asarray(list(asked), dtype=xp.bool, device=state.keys.device)
-            rows = xp.where(told[None, :, None], rows, xp.zeros_like(rows))
-        return second_moment(rows, sum(asked))
+        window = slice(state.n_means + self.sink, state.n_means + state.n_exact)
+        return ops.query_moment(state.keys[:, window, :], state.queries, state.asked, self.scale)
 
-    def pool(self, held: Means, more: Means, ops: Operations) -> tuple[Means, Array]:
-        """Add tokens or whole clusters to those held.
+    def pool(self, means: Means, held: int, ops: Operations) -> tuple[Means, Array]:
+        """Let tokens or whole clusters join those held, with ``delta``; without, they are clusters of their own.
 
         Parameters
         ----------
-        held, more : Means
+        means : Means
+            The clusters that are held, and what joins them behind.
+        held : int
+            Places of the clusters that are held.
         ops : Operations
 
         Returns
         -------
         means : Means
             The clusters that are held keep their places.
-        joined : int64 array, shape (streams, places of ``more``)
+        joined : int64 array, shape (streams, places behind ``held``)
             The place where each is now.
         """
         if self.delta is not None:
-            return join_leaders(held, more, self.delta, ops)
-        xp = array_namespace(held.keys)
-        joined = positions(more.counts.shape[1], more.keys) + held.counts.shape[1]
-        return join(held, more), xp.broadcast_to(joined[None, :], more.counts.shape)
+            first, more = means.each(lambda x: x[:, :held, ...]), means.each(lambda x: x[:, held:, ...])
+            return join_leaders(first, more, self.delta, ops)
+        xp = array_namespace(means.keys)
+        streams, places = means.counts.shape
+        joined = positions(places - held, means.keys) + held
+        return means, xp.broadcast_to(joined[None, :], (streams, places - held))
 
     def most(self, state: MeansState, n_seen: int, places: int) -> int:
         """Return how many clusters of a number of places the budget allows after so many tokens."""
@@ -421,68 +392,56 @@ class ClusterMeans:
         return min(places, self.budget.clusters(n_seen, self.footprint(state.keys, state.values)))
 
     def rebuild(
-        self, state: MeansState, means: Means, keys: list[Array], values: list[Array], ops: Operations
+        self, state: MeansState, means: Means, keys: Array, values: Array, leave: int, ops: Operations
     ) -> MeansState:
         """Put new clusters before the exact tokens.
 
         Parameters
         ----------
         state : MeansState
-            All else is right: the numbers of tokens, queries and samples.
+            Right are the numbers of tokens, and the samples.
         means : Means
-        keys, values : list of arrays, shape (streams, n, dim)
-            The exact tokens in pieces, and room for as many as fit; in the dtype of the input.
+        keys, values : array, shape (streams, sink + window, dim)
+            The exact tokens and the room behind them, in the dtype of the input; as of now, the queries too.
+        leave : int
+            How many of the exact tokens leave from behind the sinks.
         ops : Operations
 
         Returns
         -------
         MeansState
         """
-        xp = array_namespace(state.keys)
-        dtype = state.keys.dtype
         if self.delta is not None:
+            xp = array_namespace(state.keys)
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.each(lambda x: x[:, :room, ...])
-
-        def dithered(purpose: int) -> Dither:
-            return dither(self.seed, purpose, state.n_seen)
-
-        key_codes, value_codes = state.key_codes, state.value_codes
-        if self.storage == "int8":
-            key_codes = quantize(means.keys, dtype, dithered(_KEYS))
-            value_codes = quantize(means.values, dtype, dithered(_VALUES))
-        else:
-            keys = [round_to(means.keys, dtype, dithered(_KEYS)), *keys]
-            values = [round_to(means.values, dtype, dithered(_VALUES)), *values]
+        dithers = Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
+        settled = ops.settle(means, keys, values, state.queries, leave, dithers, self.storage == "int8")
         return replace(
             state,
-            keys=xp.concat(keys, axis=1),
-            values=xp.concat(values, axis=1),
+            keys=settled.keys,
+            values=settled.values,
             counts=means.counts,
-            spread=round_to(means.spread, dtype, dithered(_SPREAD)),
-            importance=round_to(means.importance, dtype, dithered(_IMPORTANCE)),
-            key_codes=key_codes,
-            value_codes=value_codes,
+            spread=settled.spread,
+            importance=settled.importance,
+            key_codes=settled.key_codes,
+            value_codes=settled.value_codes,
             leaders=means.leaders,
+            queries=settled.queries,
             tail=Tail(state.n_exact),
         )
 
+    def stored(self, state: MeansState) -> Means:
+        """Return the clusters as they are stored; those in 8 bits in the dtype to compute in."""
+        keys, values = state.keys[:, : state.n_means, :], state.values[:, : state.n_means, :]
+        if state.key_codes is not None and state.value_codes is not None:
+            wide = compute_dtype(state.keys)
+            keys, values = dequantize(state.key_codes, wide), dequantize(state.value_codes, wide)
+        return Means(keys, values, state.counts, state.spread, state.importance, state.leaders)
+
     def means(self, state: MeansState, wide: object) -> Means:
         """Return the clusters in the dtype to compute in."""
-        xp = array_namespace(state.keys)
-        if state.key_codes is None or state.value_codes is None:
-            keys = xp.astype(state.keys[:, : state.n_means, :], wide, copy=False)
-            values = xp.astype(state.values[:, : state.n_means, :], wide, copy=False)
-        else:
-            keys, values = dequantize(state.key_codes, wide), dequantize(state.value_codes, wide)
-        return Means(
-            keys=keys,
-            values=values,
-            counts=state.counts,
-            spread=xp.astype(state.spread, wide, copy=False),
-            importance=xp.astype(state.importance, wide, copy=False),
-            leaders=state.leaders,
-        )
+        return widened(self.stored(state), wide)
 
 
 def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tuple[Array, Array]:
@@ -539,6 +498,20 @@ def clear_room(state: MeansState) -> MeansState:
     )
 
 
+def _codes(state: MeansState, rows: Array, ops: Operations) -> Codes:
+    """Choose and round a query of each token: ``(streams, group, n, head_dim)`` to codes ``(streams, n, head_dim)``."""
+    xp = array_namespace(rows)
+    streams, _, n, head_dim = rows.shape
+    pieces = [
+        ops.quantize(_turns(rows[:, :, part, :], state.n_seen + part.start), state.queries.scales.dtype)
+        for part in chunks(n, max(1, _NUMBERS_AT_ONCE // (streams * head_dim)))
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    codes, scales = (xp.concat(list(x), axis=1) for x in zip(*((x.codes, x.scales) for x in pieces), strict=True))
+    return Codes(codes, scales)
+
+
 def _turns(rows: Array, first: int) -> Array:
     """Take one head of the group for each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
     xp = array_namespace(rows)
@@ -552,11 +525,3 @@ def _turns(rows: Array, first: int) -> Array:
 def early_weight(n_seen: Any) -> Any:
     """Factor of the importance of a token that is absorbed when so many were seen: a number, or an array."""
     return (_EARLY / n_seen) ** 0.5
-
-
-def value_scale(values: Array) -> Array:
-    """Unit of a distance of values: their mean norm in the window, by weight."""
-    xp = array_namespace(values)
-    norms = xp.sqrt(xp.sum(values * values, axis=-1))
-    scale = xp.mean(norms, axis=-1) / math.sqrt(_VALUE_WEIGHT)
-    return xp.where(scale > 0, scale, xp.ones_like(scale))

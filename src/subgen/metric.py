@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from ._array import Array, array_namespace, clip
+from ._array import Array, array_namespace, clip, compute_dtype
+from .rounding import Codes, dequantize
 
-__all__ = ["isotropic_moment", "second_moment", "typical_direction", "unusualness"]
+__all__ = ["LEAST_ANGLE", "RIDGE", "query_moment", "typical_direction", "unusualness"]
 
 # Added to the second moment of the queries, in units of its mean eigenvalue: a few dozen queries tell little about most
 # directions, so the metric leans towards one that treats all alike (docs/experiments.md).
-_RIDGE = 1.0
+RIDGE = 1.0
 # Mean of 1 - cos below which it is rounding.
-_LEAST_ANGLE = 1e-5
+LEAST_ANGLE = 1e-5
 
 
 def typical_direction(keys: Array, held: Array, counts: Array) -> tuple[Array, Array]:
@@ -62,7 +63,7 @@ def unusualness(keys: Array, anchor: Array, mean: Array) -> Array:
     """
     xp = array_namespace(keys)
     away = 1.0 - xp.sum(_directions(keys) * anchor, axis=-1)
-    told = mean > _LEAST_ANGLE
+    told = mean > LEAST_ANGLE
     ratio = xp.where(told, away / xp.where(told, mean, xp.ones_like(mean)), xp.ones_like(away))
     return clip(ratio, 0.3, 5.0) ** 4
 
@@ -73,26 +74,43 @@ def _directions(x: Array) -> Array:
     return x / xp.where(norms > 0, norms, xp.ones_like(norms))
 
 
-def second_moment(rows: Array, asked: int) -> Array:
-    """Second moment of the queries in the window, with a ridge: ``(streams, head_dim, head_dim)``.
+def query_moment(keys: Array, queries: Codes, asked: tuple[bool, ...], scale: float | None) -> Array:
+    """Second moment of the queries in the window, with a ridge.
+
+    Without any, that of queries as long as the keys, in every direction alike.
 
     Parameters
     ----------
-    rows : array, shape (streams, window, head_dim)
-        Scaled queries; zeros where a token came without.
-    asked : int
-        How many tokens came with.
+    keys : array, shape (streams, n, head_dim)
+        The tokens in the window, as they are stored; only their lengths tell, and only where no query was shown.
+    queries : Codes, of shape (streams, window, head_dim)
+        Scaled queries, the first of the tokens in the window.
+    asked : tuple of bool, length n
+        Which tokens came with queries.
+    scale : float or None
+        Factor of the logits; ``None`` means ``head_dim ** -0.5``.
+
+    Returns
+    -------
+    array, shape (streams, head_dim, head_dim)
+        In the dtype to compute in.
     """
-    xp = array_namespace(rows)
-    moment = xp.matmul(xp.matrix_transpose(rows), rows) / asked
+    wide = compute_dtype(keys)
+    xp = array_namespace(keys)
+    if not any(asked):
+        return _isotropic_moment(xp.astype(keys, wide, copy=False), scale)
+    rows = dequantize(queries, wide)[:, : len(asked), :]
+    if not all(asked):
+        told = xp.asarray(list(asked), dtype=xp.bool, device=keys.device)
+        rows = xp.where(told[None, :, None], rows, xp.zeros_like(rows))
+    moment = xp.matmul(xp.matrix_transpose(rows), rows) / sum(asked)
     identity = _identity(rows)
     mean_eigenvalue = xp.sum(moment * identity, axis=(1, 2), keepdims=True) / moment.shape[-1]
     mean_eigenvalue = xp.where(mean_eigenvalue > 0, mean_eigenvalue, xp.ones_like(mean_eigenvalue))
-    return moment + _RIDGE * mean_eigenvalue * identity
+    return moment + RIDGE * mean_eigenvalue * identity
 
 
-def isotropic_moment(keys: Array, scale: float | None) -> Array:
-    """Second moment of queries that nobody has shown: as long as the keys, in every direction alike."""
+def _isotropic_moment(keys: Array, scale: float | None) -> Array:
     xp = array_namespace(keys)
     factor = 1.0 / keys.shape[-1] if scale is None else scale * scale
     moment = xp.mean(keys * keys, axis=(1, 2), keepdims=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._array import Array, array_namespace, dtype_name, library_name
+from ._array import Array, array_namespace, dtype_name, finfo, is_floating, library_name
 from ._checks import check_flag, check_integer
 from ._consistency import check_sizes, check_state
 from .budget import Bytes, Fixed, Power, Share
@@ -311,11 +311,11 @@ def _from_numpy(name: str, x: NDArray[Any], template: Array, same: bool) -> Arra
     else:
         floating = x.dtype.kind == "f"
         fits = x.dtype.name == dtype_name(template.dtype) or (not same and floating)
-    if floating != bool(xp.isdtype(template.dtype, "real floating")) or not fits:
+    if floating != is_floating(template.dtype, xp) or not fits:
         raise FileError(f"{name} is {x.dtype}, expected {template.dtype}")
     if x.ndim != template.ndim or x.shape[:1] != template.shape[:1] or x.shape[2:] != tuple(template.shape[2:]):
         raise FileError(f"{name} has shape {x.shape}, expected that of {tuple(template.shape)} but for the second axis")
-    if floating and not same and x.size and float(np.abs(x).max()) > float(xp.finfo(template.dtype).max):
+    if floating and not same and x.size and float(np.abs(x).max()) > finfo(template.dtype, xp).max:
         raise FileError(f"{name} has numbers that {template.dtype} does not hold: pass like= in a wider dtype")
     array = xp.asarray(np.array(x), device=template.device)
     return xp.astype(array, template.dtype) if floating else array

@@ -7,34 +7,48 @@ loses it every time, and the mean stands still. Dithered by one such unit, the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from ._array import Array, array_namespace, clip, positions
+from ._array import Array, array_namespace, clip, finfo, positions
 from .counter import DRAW_BITS, draws, stream_key
 
-__all__ = ["Codes", "Dither", "dequantize", "dither", "quantize", "round_to"]
+__all__ = ["GOLDEN", "SNAP", "Codes", "Dither", "dequantize", "dither", "quantize", "round_to"]
 
 # The golden ratio: its multiples, modulo 1, are spread evenly.
-_GOLDEN = 0.6180339887498949
+GOLDEN = 0.6180339887498949
 # Codes this near to an integer are that integer: what was read from codes goes back to the same.
-_SNAP = 2.0**-10
+SNAP = 2.0**-10
 
-#: Gives numbers in [0, 1) of the shape of an array but for its first axis, of length 1.
-Dither = Callable[[Array], Array]
+
+@dataclass(frozen=True)
+class Dither:
+    """Numbers in [0, 1) that a rounding is dithered by: one was drawn for all, and is shifted by the element.
+
+    Attributes
+    ----------
+    drawn : float
+        In (0, 1).
+    """
+
+    drawn: float
+
+    def __call__(self, x: Array) -> Array:
+        """Return them in the shape and dtype of an array, but for its first axis, of length 1: streams share them."""
+        xp = array_namespace(x)
+        u = xp.astype(positions(math.prod(x.shape[1:]), x), xp.float64) * GOLDEN + self.drawn
+        return xp.reshape(xp.astype(u - xp.floor(u), x.dtype), (1, *x.shape[1:]))
 
 
 def dither(seed: int, purpose: int, number: int) -> Dither:
-    """Draw the dither of one rounding: a function of its arguments, shared by the streams, shifted by the element."""
-    # One number for all: Python's integers draw it, and no device is asked for it.
-    drawn = draws(stream_key(seed, purpose, 0), 0, number) * 2.0**-DRAW_BITS
+    """Draw the dither of one rounding: a function of its arguments."""
+    # Python's integers draw it, and no device is asked for it.
+    return Dither(draws(_key(seed, purpose), 0, number) * 2.0**-DRAW_BITS)
 
-    def uniform(x: Array) -> Array:
-        xp = array_namespace(x)
-        u = xp.astype(positions(math.prod(x.shape[1:]), x), xp.float64) * _GOLDEN + drawn
-        return xp.reshape(xp.astype(u - xp.floor(u), x.dtype), (1, *x.shape[1:]))
 
-    return uniform
+@lru_cache(maxsize=64)
+def _key(seed: int, purpose: int) -> tuple[int, int]:
+    return stream_key(seed, purpose, 0)
 
 
 def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
@@ -47,24 +61,23 @@ def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
     x : array, shape (streams, ...)
         float32 or float64.
     dtype : floating dtype
-    uniform : callable
-        From `dither`.
+    uniform : Dither
 
     Returns
     -------
     array, shape (streams, ...)
     """
     xp = array_namespace(x)
-    info = xp.finfo(dtype)
+    info = finfo(dtype, xp)
     if info.bits > 16:
         return xp.astype(x, dtype, copy=False)
     u = uniform(x)
     # The unit of the last place: a power of two below |x|, times eps.
     magnitude = xp.abs(x)
-    smallest = float(info.smallest_normal)
+    smallest = info.smallest_normal
     exponent = xp.floor(xp.log2(xp.where(magnitude > smallest, magnitude, xp.full_like(magnitude, smallest))))
-    unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * float(info.eps)
-    largest = float(info.max)
+    unit = xp.pow(xp.full_like(exponent, 2.0), exponent) * info.eps
+    largest = info.max
     nearest = xp.astype(clip(x, -largest, largest), dtype)
     exact = xp.astype(nearest, x.dtype) == x
     dithered = xp.astype(clip(x + (u - 0.5) * unit, -largest, largest), dtype)
@@ -97,8 +110,8 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
         float32 or float64.
     dtype : floating dtype
         Of the scales.
-    uniform : callable, optional
-        From `dither`; ``None`` rounds to nearest.
+    uniform : Dither, optional
+        ``None`` rounds to nearest.
 
     Returns
     -------
@@ -113,7 +126,7 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
     nearest = xp.round(codes)
     rounded = nearest
     if uniform is not None:
-        rounded = xp.where(xp.abs(codes - nearest) < _SNAP, nearest, xp.floor(codes + uniform(codes)))
+        rounded = xp.where(xp.abs(codes - nearest) < SNAP, nearest, xp.floor(codes + uniform(codes)))
     # The largest keeps its code, and with it the scale of the next rounding.
     rounded = xp.where(magnitude == peak, xp.copysign(xp.full_like(x, 127.0), x), rounded)
     rounded = xp.where(step > 0, clip(rounded, -127.0, 127.0), xp.zeros_like(rounded))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._array import Array, array_namespace, clip, compute_dtype, nbytes, positions
+from ._array import Array, array_namespace, clip, compute_dtype, finfo, nbytes, positions
 from ._checks import (
     check_alike,
     check_block,
@@ -565,5 +565,5 @@ def _narrow(output: Array, like: Array) -> Array:
     xp = array_namespace(like)
     if output.dtype == like.dtype:
         return output
-    largest = float(xp.finfo(like.dtype).max)
+    largest = finfo(like.dtype, xp).max
     return xp.astype(clip(output, -largest, largest), like.dtype)

@@ -47,6 +47,7 @@ struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(4) char4 { signed char x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -304,6 +305,16 @@ inline float half_to_float(unsigned short bits) {
                                    : ldexpf((float)fraction, -24);
   return sign ? -magnitude : magnitude;
 }
+// To the nearest, ties to even.
+inline unsigned short float_to_half(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, 4);
+  const unsigned sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7fff;
+  if (magnitude >= 0x47800000) return sign | 0x7c00;
+  if (magnitude < 0x38800000) return sign | (unsigned)rintf(ldexpf(fabsf(x), 24));
+  return sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+}
 }  // namespace emulation
 
 #define threadIdx (emulation::block->current->thread)
@@ -332,6 +343,8 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __longlong_as_double(long long x) { double y; memcpy(&y, &x, 8); return y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from subgen_cupy import _attention, _leaders, _merging
+from subgen_cupy import _absorbing, _attention, _leaders, _merging
 from subgen_cupy._launch import Module
 
 from subgen.merging import Means
+from subgen.rounding import Codes
 
 from . import EmulatedDevice, EmulationError, barriers
 
@@ -52,8 +53,21 @@ def _merge(device: EmulatedDevice) -> list[Any]:
     return [costs, nearest, merged.keys, merged.values, merged.counts, merged.spread, merged.importance, moved]
 
 
+def _absorb(device: EmulatedDevice) -> list[Any]:
+    rng = np.random.default_rng(0)
+    keys, values = rng.normal(size=(2, 2, 80, 40)).astype(np.float32)
+    counts, spread = rng.integers(1, 5, size=(2, 50)).astype(np.int32), rng.random((2, 50, 4)).astype(np.float32)
+    held = Means(keys[:, :50], values[:, :50], counts, spread, rng.random((2, 50)).astype(np.float32))
+    pool, scale = _absorbing.collect(device, held, keys, values, 30, 1.0)
+    codes = rng.integers(-127, 128, size=(2, 150, 40)).astype(np.int8)
+    queries = Codes(codes, rng.random((2, 150)).astype(np.float32))
+    moments = [_absorbing.query_moment(device, queries, 150), _absorbing.key_moment(device, keys, None)]
+    return [pool.keys, pool.values, pool.counts, pool.spread, pool.importance, scale, *moments]
+
+
 def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
     """Give each module that has barriers, and something that runs all of its kernels."""
+    yield _absorbing.absorbing_module("float32", "float32"), _absorb
     yield _attention.attention_module("float32", "float32", 64, 64, 4, 4), _attend
     yield _leaders.leaders_module("float32"), _lead
     yield _merging.MERGING, _merge

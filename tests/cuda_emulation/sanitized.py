@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from subgen_cupy import _attention, _leaders, _merging, _rounding, _threefry
+from subgen_cupy import _absorbing, _attention, _leaders, _merging, _rounding, _threefry
 
+from subgen.absorbing import Dithers
 from subgen.merging import Means
+from subgen.rounding import Codes, dither
 
 from . import EmulatedDevice
 
@@ -34,6 +36,17 @@ def main() -> None:
         means = Means(draw(2, n, dims[0]), draw(2, n, dims[1]), counts, spread, importance, leaders)
         metric = np.tile(np.eye(dims[0], dtype=np.float32), (2, 1, 1))
         _merging.shrink(device, means, metric, np.ones(2, np.float32), most, most)
+    for c, window, leave, dims in [(0, 1, 1, (3, 5)), (37, 45, 20, (40, 3))]:
+        counts, bands = abs(draw(2, c)).astype(np.int32), 4 if dims[0] % 4 == 0 else 1
+        held = Means(draw(2, c, dims[0]), draw(2, c, dims[1]), counts, abs(draw(2, c, bands)), abs(draw(2, c)))
+        held = held.each(lambda x: x if x.dtype == np.int32 else x.astype(np.float16))
+        keys, values = (draw(2, window + 2, dim).astype(np.float16) for dim in dims)
+        queries = Codes(draw(2, window, dims[0]).astype(np.int8), abs(draw(2, window)))
+        pool, _ = _absorbing.collect(device, held, keys[:, 2:], values[:, 2:], leave, 1.0)
+        _absorbing.query_moment(device, queries, window)
+        _absorbing.key_moment(device, keys, None)
+        for coded in (False, True):
+            _absorbing.settle(device, pool, keys, values, queries, leave, Dithers(*[dither(0, 1, 2)] * 4), coded)
     _rounding.quantize(device, draw(2, 9, 37)[:, 2:5])
     words = tuple(rng.integers(0, 1 << 32, size=(4, 300)))
     _threefry.threefry(device, words)

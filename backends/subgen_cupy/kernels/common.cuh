@@ -17,6 +17,20 @@ __device__ __forceinline__ float widen(float16 x) {
 #endif
 }
 
+// To the nearest, ties to even; what is too large becomes infinite.
+__device__ __forceinline__ void narrow(float x, float& narrow) { narrow = x; }
+__device__ __forceinline__ void narrow(float x, float16& narrow) {
+#ifdef CUDA_EMULATION
+  narrow.bits = emulation::float_to_half(x);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+#endif
+}
+__device__ __forceinline__ void narrow(float x, bfloat16& narrow) {
+  const unsigned bits = (unsigned)__float_as_int(x);
+  narrow.bits = x == x ? (unsigned short)(bits + 0x7fffu + (bits >> 16 & 1u) >> 16) : (unsigned short)0x7fffu;
+}
+
 constexpr unsigned EVERY_LANE = 0xffffffffu;
 
 template <class T>

@@ -1,0 +1,376 @@
+// Half a window joins the clusters: what is done before they merge, `subgen.absorbing.collect` and
+// `subgen.metric.query_moment`, and after, `subgen.absorbing.settle`.
+//
+// `gather`: clusters and the tokens that leave, widened, behind each other; sums of the directions of keys.
+// `turn_away`: how far each key points away from the mean direction.
+// `weigh`: the importance of the tokens that leave, and the unit of values.
+// `query_moment`: the metric of the merging.
+// `settle`: clusters rounded to what they are stored in, before the exact tokens that stay.
+//
+// Tokens are stored as ELEMENT, and so are spread and importance; means as MEAN, which is float where they came from 8
+// bits. A row is a cluster or, behind the clusters, a token of the window. A warp takes a row, and a block BLOCK_ROWS of them.
+
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+constexpr int BLOCK_ROWS = 32;
+constexpr int MOMENT_TILE = 32;
+constexpr int MOMENT_DEPTH = 64;  // tokens that the tiles hold at once
+constexpr int KEY_THREADS = 1024;
+
+__device__ __forceinline__ float or_one(float length) { return length > 0.0f ? length : 1.0f; }
+
+// Widens a row into a place, if there is one, by a warp; its length.
+template <class T>
+__device__ __forceinline__ float widen_row(const T* from, float* to, int n) {
+  float squared = 0.0f;
+  for (int d = threadIdx.x % 32; d < n; d += 32) {
+    const float x = widen(from[d]);
+    squared += x * x;
+    if (to) to[d] = x;
+  }
+  return sqrtf(warp_sum(squared));
+}
+
+// Adds the direction of a key so many times, by a warp.
+template <class T>
+__device__ __forceinline__ void add_direction(const T* key, float length, float count, int head_dim, float* sum) {
+  for (int d = threadIdx.x % 32; d < head_dim; d += 32) sum[d] += widen(key[d]) / length * count;
+}
+
+// Steps are those from stream to stream. `sums` are of shape (streams, chunks, head_dim); `lengths` of keys, (streams,
+// clusters + window); `norms` of the values of the window. The pool of what may merge has `clusters + leave` places.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values, const int* __restrict__ held_counts,
+       const ELEMENT* __restrict__ held_spread, const ELEMENT* __restrict__ held_importance,
+       const ELEMENT* __restrict__ held_leaders, const ELEMENT* __restrict__ window_keys,
+       const ELEMENT* __restrict__ window_values, long long held_key_step, long long held_value_step,
+       long long key_step, long long value_step, int clusters, int window, int leave, int head_dim, int value_dim,
+       int bands, float* __restrict__ keys, float* __restrict__ values, int* __restrict__ counts,
+       float* __restrict__ spread, float* __restrict__ importance, ELEMENT* __restrict__ leaders,
+       float* __restrict__ sums, float* __restrict__ lengths, float* __restrict__ norms) {
+  extern __shared__ float directions[];  // WARPS x head_dim
+  const int rows = clusters + window, chunks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, places = clusters + leave;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const long long stream = blockIdx.x / chunks;
+  const int first = blockIdx.x % chunks * BLOCK_ROWS;
+  float* sum = directions + warp * head_dim;
+  for (int d = lane; d < head_dim; d += 32) sum[d] = 0.0f;
+  for (int row = first + warp; row < min(rows, first + BLOCK_ROWS); row += WARPS) {
+    const long long place = stream * places + row;
+    const bool merges = row < places;
+    float* to_key = merges ? keys + place * head_dim : nullptr;
+    float* to_value = merges ? values + place * value_dim : nullptr;
+    float length;
+    if (row < clusters) {
+      const long long cluster = stream * clusters + row;
+      const MEAN* key = held_keys + stream * held_key_step + (long long)row * head_dim;
+      const int count = held_counts[cluster];
+      length = or_one(widen_row(key, to_key, head_dim));
+      add_direction(key, length, (float)count, head_dim, sum);
+      widen_row(held_values + stream * held_value_step + (long long)row * value_dim, to_value, value_dim);
+      for (int d = lane; leaders && d < head_dim; d += 32)
+        leaders[place * head_dim + d] = held_leaders[cluster * head_dim + d];
+      for (int b = lane; b < bands; b += 32) spread[place * bands + b] = widen(held_spread[cluster * bands + b]);
+      if (lane == 0) {
+        counts[place] = count;
+        importance[place] = widen(held_importance[cluster]);
+      }
+    } else {
+      const int token = row - clusters;
+      const ELEMENT* key = window_keys + stream * key_step + (long long)token * head_dim;
+      length = or_one(widen_row(key, to_key, head_dim));
+      add_direction(key, length, 1.0f, head_dim, sum);
+      const float norm =
+          widen_row(window_values + stream * value_step + (long long)token * value_dim, to_value, value_dim);
+      if (lane == 0) norms[stream * window + token] = norm;
+      if (merges) {
+        for (int d = lane; leaders && d < head_dim; d += 32) leaders[place * head_dim + d] = key[d];
+        for (int b = lane; b < bands; b += 32) spread[place * bands + b] = 0.0f;
+        if (lane == 0) counts[place] = 1;
+      }
+    }
+    if (lane == 0) lengths[stream * rows + row] = length;
+  }
+  __syncthreads();  // directions
+  for (int d = threadIdx.x; d < head_dim; d += THREADS) {
+    float total = 0.0f;
+    for (int w = 0; w < WARPS; w++) total += directions[w * head_dim + d];
+    sums[(long long)blockIdx.x * head_dim + d] = total;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float away_from(const float* anchor, const T* key, float length, int head_dim) {
+  float cosine = 0.0f;
+  for (int d = threadIdx.x % 32; d < head_dim; d += 32) cosine += widen(key[d]) / length * anchor[d];
+  return 1.0f - warp_sum(cosine);
+}
+
+// `away` is of shape (streams, clusters + window).
+extern "C" __global__ void __launch_bounds__(THREADS)
+turn_away(const MEAN* __restrict__ held_keys, const ELEMENT* __restrict__ window_keys,
+          const float* __restrict__ sums, const float* __restrict__ lengths, long long held_key_step,
+          long long key_step, int clusters, int window, int head_dim, float* __restrict__ away) {
+  extern __shared__ float anchor[];  // head_dim
+  __shared__ float squares[WARPS];
+  const int rows = clusters + window, chunks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const long long stream = blockIdx.x / chunks;
+  const int first = blockIdx.x % chunks * BLOCK_ROWS;
+  float squared = 0.0f;
+  for (int d = threadIdx.x; d < head_dim; d += THREADS) {
+    float total = 0.0f;
+#pragma unroll 8
+    for (int c = 0; c < chunks; c++) total += sums[(stream * chunks + c) * head_dim + d];
+    anchor[d] = total;
+    squared += total * total;
+  }
+  squared = warp_sum(squared);
+  if (lane == 0) squares[warp] = squared;
+  __syncthreads();  // anchor, squares
+  squared = 0.0f;
+  for (int w = 0; w < WARPS; w++) squared += squares[w];
+  const float length = or_one(sqrtf(squared));
+  for (int row = first + warp; row < min(rows, first + BLOCK_ROWS); row += WARPS) {
+    const float own = lengths[stream * rows + row] * length;
+    const float apart =
+        row < clusters
+            ? away_from(anchor, held_keys + stream * held_key_step + (long long)row * head_dim, own, head_dim)
+            : away_from(anchor, window_keys + stream * key_step + (long long)(row - clusters) * head_dim, own, head_dim);
+    if (lane == 0) away[stream * rows + row] = apart;
+  }
+}
+
+// A sum over the block, known to every thread; each has memory of its own.
+template <int N>
+__device__ __forceinline__ float block_sum(float x, float (&sums)[N]) {
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();  // sums
+  x = 0.0f;
+  for (int w = 0; w < N; w++) x += sums[w];
+  return x;
+}
+
+// A block per stream.
+extern "C" __global__ void __launch_bounds__(THREADS)
+weigh(const float* __restrict__ away, const int* __restrict__ held_counts, const float* __restrict__ norms,
+      int clusters, int window, int leave, double weight, double least_angle, double value_weight,
+      float* __restrict__ importance, float* __restrict__ value_scale) {
+  __shared__ float of_angles[WARPS], of_counts[WARPS], of_norms[WARPS];
+  const int rows = clusters + window;
+  const long long stream = blockIdx.x;
+  away += stream * rows;
+  float angles = 0.0f, total = 0.0f, lengths = 0.0f;
+  for (int row = threadIdx.x; row < rows; row += THREADS) {
+    const float count = row < clusters ? (float)held_counts[stream * clusters + row] : 1.0f;
+    angles += away[row] * count;
+    total += count;
+    if (row >= clusters) lengths += norms[stream * window + row - clusters];
+  }
+  angles = block_sum(angles, of_angles);
+  total = block_sum(total, of_counts);
+  lengths = block_sum(lengths, of_norms);
+  const float mean = angles / total;
+  const bool told = mean > (float)least_angle;
+  for (int token = threadIdx.x; token < leave; token += THREADS) {
+    float ratio = told ? away[clusters + token] / mean : 1.0f;
+    ratio = ratio < 0.3f ? 0.3f : ratio > 5.0f ? 5.0f : ratio;  // NaN stays
+    ratio *= ratio;
+    importance[stream * (clusters + leave) + clusters + token] = ratio * ratio * (float)weight;
+  }
+  if (threadIdx.x == 0) {
+    const float scale = lengths / (float)window / (float)value_weight;
+    value_scale[stream] = scale > 0.0f ? scale : 1.0f;
+  }
+}
+
+// The second moment of `window` rows of codes and scales over their number, with `ridge` times its mean eigenvalue on
+// the diagonal. A block per tile of the moment; each adds up the trace. Four numbers a thread.
+extern "C" __global__ void __launch_bounds__(THREADS)
+query_moment(const signed char* __restrict__ codes, const float* __restrict__ scales, int places, int window,
+             int head_dim, double ridge, float* __restrict__ moment) {
+  __shared__ __align__(16) float left[MOMENT_DEPTH][MOMENT_TILE], right[MOMENT_DEPTH][MOMENT_TILE];
+  __shared__ float squares[WARPS];
+  const int tiles = (head_dim + MOMENT_TILE - 1) / MOMENT_TILE;
+  const long long stream = blockIdx.x / (tiles * tiles);
+  const int first_row = blockIdx.x / tiles % tiles * MOMENT_TILE, first_column = blockIdx.x % tiles * MOMENT_TILE;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row = threadIdx.x / 16 * 2, column = threadIdx.x % 16 * 2;
+  codes += stream * places * head_dim;
+  scales += stream * places;
+  float trace = 0.0f;
+  // Four codes at once where rows are whole words.
+  if (head_dim % 4 == 0) {
+    const int words = head_dim / 4;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < window * words; i += THREADS) {
+      const char4 code = reinterpret_cast<const char4*>(codes)[i];
+      const float scale = scales[i / words];
+      trace += (float)(code.x * code.x + code.y * code.y + code.z * code.z + code.w * code.w) * scale * scale;
+    }
+  } else {
+    for (int i = threadIdx.x; i < window * head_dim; i += THREADS) {
+      const float x = codes[i] * scales[i / head_dim];
+      trace += x * x;
+    }
+  }
+  float product[2][2] = {};
+  for (int start = 0; start < window; start += MOMENT_DEPTH) {
+    __syncthreads();  // the tiles of the turn before are done with
+#pragma unroll
+    for (int k = warp; k < MOMENT_DEPTH; k += WARPS) {
+      const int token = start + k;
+      const float scale = token < window ? scales[token] : 0.0f;
+      const signed char* code = codes + (long long)token * head_dim;
+      left[k][lane] = token < window && first_row + lane < head_dim ? code[first_row + lane] * scale : 0.0f;
+      right[k][lane] = token < window && first_column + lane < head_dim ? code[first_column + lane] * scale : 0.0f;
+    }
+    __syncthreads();  // left, right
+#pragma unroll 8
+    for (int k = 0; k < MOMENT_DEPTH; k++) {
+      const float2 a = *reinterpret_cast<const float2*>(&left[k][row]);
+      const float2 b = *reinterpret_cast<const float2*>(&right[k][column]);
+      product[0][0] += a.x * b.x;
+      product[0][1] += a.x * b.y;
+      product[1][0] += a.y * b.x;
+      product[1][1] += a.y * b.y;
+    }
+  }
+  trace = block_sum(trace, squares) / (float)window / (float)head_dim;
+  const float added = (float)ridge * (trace > 0.0f ? trace : 1.0f);
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int r = first_row + row + i, c = first_column + column + j;
+      if (r < head_dim && c < head_dim)
+        moment[(stream * head_dim + r) * head_dim + c] = product[i][j] / (float)window + (r == c ? added : 0.0f);
+    }
+}
+
+// The mean square of the keys of a window times `factor`, on the diagonal. A block per stream.
+extern "C" __global__ void __launch_bounds__(KEY_THREADS)
+key_moment(const ELEMENT* __restrict__ keys, long long key_step, int window, int head_dim, double factor,
+           float* __restrict__ moment) {
+  __shared__ float squares[KEY_THREADS / 32];
+  const long long stream = blockIdx.x;
+  const int numbers = window * head_dim;
+  keys += stream * key_step;
+  float squared = 0.0f;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < numbers; i += KEY_THREADS) {
+    const float x = widen(keys[i]);
+    squared += x * x;
+  }
+  squared = block_sum(squared, squares) / (float)numbers;
+  squared = (float)factor * (squared > 0.0f ? squared : 1.0f);
+  for (int i = threadIdx.x; i < head_dim * head_dim; i += KEY_THREADS)
+    moment[stream * head_dim * head_dim + i] = i % (head_dim + 1) ? 0.0f : squared;
+}
+
+// What `subgen.rounding.round_to` asks of a dtype of 16 bits: the unit of the last place of 1, the exponent of the
+// smallest normal number, as float32 writes it, and the largest number.
+template <class T> struct Limits;
+template <> struct Limits<float16> {
+  static constexpr float eps = 0.0009765625f, largest = 65504.0f;
+  static constexpr int smallest = 127 - 14;
+};
+template <> struct Limits<bfloat16> {
+  static constexpr float eps = 0.0078125f, largest = 3.3895313892515355e38f;
+  static constexpr int smallest = 1;
+};
+
+// The dither of an element, `subgen.rounding.Dither`: products and sums round separately, as they do there.
+__device__ __forceinline__ float dither(int element, double golden, double drawn) {
+  const double u = __dadd_rn(__dmul_rn((double)element, golden), drawn);
+  return (float)(u - floor(u));
+}
+
+__device__ __forceinline__ float round_to(float x, float, const float*) { return x; }
+template <class T>
+__device__ __forceinline__ T round_to(float x, float u, const T*) {
+  using L = Limits<T>;
+  const auto within = [](float y) { return y < -L::largest ? -L::largest : y > L::largest ? L::largest : y; };
+  T nearest, dithered;
+  narrow(within(x), nearest);
+  if (widen(nearest) == x) return nearest;
+  // A power of two, times eps: products of it are exact.
+  const int exponent = max(__float_as_int(x) >> 23 & 255, L::smallest);
+  narrow(within(x + (u - 0.5f) * (__int_as_float(exponent << 23) * L::eps)), dithered);
+  return dithered;
+}
+
+__device__ __forceinline__ void round_row(const float* from, ELEMENT* to, int n, int first, double golden, double drawn) {
+  for (int d = threadIdx.x % 32; d < n; d += 32)
+    to[d] = round_to(from[d], dither(first + d, golden, drawn), (const ELEMENT*)nullptr);
+}
+
+// See `subgen.rounding.quantize`.
+__device__ __forceinline__ void quantize_row(const float* from, signed char* codes, ELEMENT* scales, int n, int first,
+                                             double golden, double drawn) {
+  const int lane = threadIdx.x % 32;
+  float peak = 0.0f;
+  for (int d = lane; d < n; d += 32) peak = fmaxf(peak, fabsf(from[d]));
+  for (int step = 16; step; step /= 2) peak = fmaxf(peak, __shfl_xor_sync(EVERY_LANE, peak, step));
+  ELEMENT scale;
+  narrow(peak / 127.0f, scale);
+  const float step = widen(scale);
+  for (int d = lane; d < n; d += 32) {
+    const float x = from[d], code = x / (step > 0.0f ? step : 1.0f), nearest = rintf(code);
+    float rounded = fabsf(code - nearest) < 0.0009765625f ? nearest : floorf(code + dither(first + d, golden, drawn));
+    if (fabsf(x) == peak) rounded = copysignf(127.0f, x);
+    codes[d] = step > 0.0f ? (signed char)(int)fminf(fmaxf(rounded, -127.0f), 127.0f) : (signed char)0;
+  }
+  if (lane == 0) *scales = scale;
+}
+
+// Of the places of a queue, those that leave are gone, the others move up, and room, zeros, comes behind.
+template <class T>
+__device__ __forceinline__ void move_row(const T* from, bool room, T* to, int n) {
+  for (int d = threadIdx.x % 32; d < n; d += 32) to[d] = room ? T{} : from[d];
+}
+
+// Clusters go before the exact tokens, or where there are codes for them, there. A warp per cluster or exact token.
+extern "C" __global__ void __launch_bounds__(THREADS)
+settle(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ spread,
+       const float* __restrict__ importance, const ELEMENT* __restrict__ exact_keys,
+       const ELEMENT* __restrict__ exact_values, const signed char* __restrict__ codes,
+       const float* __restrict__ scales, long long key_step, long long value_step, long long total, int clusters,
+       int sink, int window, int leave, int head_dim, int value_dim, int bands, double golden, double drawn_keys,
+       double drawn_values, double drawn_spread, double drawn_importance, ELEMENT* __restrict__ new_keys,
+       ELEMENT* __restrict__ new_values, ELEMENT* __restrict__ new_spread, ELEMENT* __restrict__ new_importance,
+       signed char* __restrict__ key_codes, ELEMENT* __restrict__ key_scales, signed char* __restrict__ value_codes,
+       ELEMENT* __restrict__ value_scales, signed char* __restrict__ new_codes, float* __restrict__ new_scales) {
+  const int lane = threadIdx.x % 32, exact = sink + window;
+  const long long index = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
+  if (index >= total) return;
+  const long long stream = index / (clusters + exact);
+  const int row = index % (clusters + exact), before = key_codes ? 0 : clusters;
+  if (row < clusters) {
+    const long long cluster = stream * clusters + row;
+    const float *key = keys + cluster * head_dim, *value = values + cluster * value_dim;
+    if (key_codes) {
+      quantize_row(key, key_codes + cluster * head_dim, key_scales + cluster, head_dim, row * head_dim, golden,
+                   drawn_keys);
+      quantize_row(value, value_codes + cluster * value_dim, value_scales + cluster, value_dim, row * value_dim, golden,
+                   drawn_values);
+    } else {
+      round_row(key, new_keys + index * head_dim, head_dim, row * head_dim, golden, drawn_keys);
+      round_row(value, new_values + index * value_dim, value_dim, row * value_dim, golden, drawn_values);
+    }
+    round_row(spread + cluster * bands, new_spread + cluster * bands, bands, row * bands, golden, drawn_spread);
+    round_row(importance + cluster, new_importance + cluster, 1, row, golden, drawn_importance);
+    return;
+  }
+  const int token = row - clusters, from = token < sink ? token : token + leave;
+  const bool room = from >= exact;
+  const long long to = stream * (before + exact) + before + token;
+  move_row(exact_keys + stream * key_step + (long long)from * head_dim, room, new_keys + to * head_dim, head_dim);
+  move_row(exact_values + stream * value_step + (long long)from * value_dim, room, new_values + to * value_dim,
+           value_dim);
+  if (token < sink) return;
+  const long long old = stream * window + from - sink, query = stream * window + token - sink;
+  move_row(codes + old * head_dim, room, new_codes + query * head_dim, head_dim);
+  if (lane == 0) new_scales[query] = room ? 0.0f : scales[old];
+}

@@ -1,0 +1,142 @@
+"""What is done when half a window joins the clusters, before they merge and after: `collect` and `settle`.
+
+Both pass over all that a sketch holds once, and are operations of the registry of backends.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ._array import Array, array_namespace, compute_dtype
+from .merging import Means, clusters_of_one, join
+from .metric import typical_direction, unusualness
+from .rounding import Codes, Dither, quantize, round_to
+
+__all__ = ["VALUE_WEIGHT", "Dithers", "Settled", "collect", "settle", "value_scale", "widened"]
+
+# Weight of a squared distance of values, in units of their typical norm, beside one of logits: keys that were merged
+# wrongly are mended by the spread, values are not.
+VALUE_WEIGHT = 3.0
+
+
+def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) -> tuple[Means, Array]:
+    """Put the tokens that leave the window behind the clusters, as clusters of one.
+
+    Parameters
+    ----------
+    held : Means
+        The clusters, as they are stored.
+    keys, values : array, shape (streams, window, dim)
+        The window, as it is stored.
+    leave : int
+        Its first tokens that leave.
+    weight : float
+        Factor of their importance, which is that of `subgen.metric.unusualness` among the clusters and the window.
+
+    Returns
+    -------
+    means : Means
+        In the dtype to compute in, but for leaders.
+    value_scale : array, shape (streams,)
+        See `value_scale`.
+    """
+    xp = array_namespace(keys)
+    wide = compute_dtype(keys)
+    leaders = None if held.leaders is None else keys[:, :leave, :]
+    keys, values = (xp.astype(x, wide, copy=False) for x in (keys, values))
+    tokens, held = keys[:, :leave, :], widened(held, wide)
+    typical = typical_direction(keys, held.keys, xp.astype(held.counts, wide))
+    leaving = clusters_of_one(tokens, values[:, :leave, :], unusualness(tokens, *typical) * weight, leaders)
+    return join(held, leaving), value_scale(values)
+
+
+def widened(means: Means, wide: object) -> Means:
+    """Cast what is stored to the dtype to compute in; counts and leaders stay."""
+    xp = array_namespace(means.keys)
+    keys, values, spread, importance = (
+        xp.astype(x, wide, copy=False) for x in (means.keys, means.values, means.spread, means.importance)
+    )
+    return replace(means, keys=keys, values=values, spread=spread, importance=importance)
+
+
+def value_scale(values: Array) -> Array:
+    """Unit of a distance of values: their mean norm in the window, by weight."""
+    xp = array_namespace(values)
+    norms = xp.sqrt(xp.sum(values * values, axis=-1))
+    scale = xp.mean(norms, axis=-1) / math.sqrt(VALUE_WEIGHT)
+    return xp.where(scale > 0, scale, xp.ones_like(scale))
+
+
+@dataclass(frozen=True)
+class Dithers:
+    """The dither of each array of clusters."""
+
+    keys: Dither
+    values: Dither
+    spread: Dither
+    importance: Dither
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Clusters as they are stored, and the exact tokens behind them; see `subgen.means.MeansState`."""
+
+    keys: Array
+    values: Array
+    spread: Array
+    importance: Array
+    key_codes: Codes | None
+    value_codes: Codes | None
+    queries: Codes
+
+
+def settle(
+    means: Means, keys: Array, values: Array, queries: Codes, leave: int, dithers: Dithers, coded: bool
+) -> Settled:
+    """Round clusters to what they are stored in, and move up the tokens behind those that leave the window.
+
+    Parameters
+    ----------
+    means : Means
+        In float32 or float64.
+    keys, values : array, shape (streams, sink + window, dim)
+        The exact tokens, and room behind them, in the dtype to store in.
+    queries : Codes, of shape (streams, window, head_dim)
+    leave : int
+        How many leave from behind the sinks; as much room, zeros, comes behind the last.
+    dithers : Dithers
+    coded : bool
+        Whether means are stored in 8 bits, and then not before the exact tokens.
+
+    Returns
+    -------
+    Settled
+        New arrays: room is written in place.
+    """
+    xp = array_namespace(keys)
+    dtype, sink = keys.dtype, keys.shape[1] - queries.codes.shape[1]
+
+    def moved_up(x: Array, first: int) -> list[Array]:
+        return [x[:, :first, ...], x[:, first + leave :, ...], xp.zeros_like(x[:, :leave, ...])]
+
+    def queue(x: Array) -> Array:
+        return xp.concat(moved_up(x, 0), axis=1)
+
+    exact_keys, exact_values = moved_up(keys, sink), moved_up(values, sink)
+    key_codes = value_codes = None
+    if coded:
+        key_codes = quantize(means.keys, dtype, dithers.keys)
+        value_codes = quantize(means.values, dtype, dithers.values)
+    else:
+        exact_keys.insert(0, round_to(means.keys, dtype, dithers.keys))
+        exact_values.insert(0, round_to(means.values, dtype, dithers.values))
+    return Settled(
+        keys=xp.concat(exact_keys, axis=1),
+        values=xp.concat(exact_values, axis=1),
+        spread=round_to(means.spread, dtype, dithers.spread),
+        importance=round_to(means.importance, dtype, dithers.importance),
+        key_codes=key_codes,
+        value_codes=value_codes,
+        queries=Codes(queue(queries.codes), queue(queries.scales)),
+    )
