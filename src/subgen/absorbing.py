@@ -39,7 +39,7 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
     means : Means
         In the dtype to compute in, but for leaders.
     value_scale : array, shape (streams,)
-        See `value_scale`.
+        See ``value_scale``: the typical norm of a value in the window.
     """
     xp = array_namespace(keys)
     wide = compute_dtype(keys)

@@ -48,7 +48,7 @@ def sketch(
     Returns
     -------
     dask.delayed.Delayed
-        Its ``compute()`` gives an `AttentionSketch`. The dashboard shows tasks named ``sketch_chunk`` and
+        Its ``compute()`` gives a `subgen.AttentionSketch`. The dashboard shows tasks named ``sketch_chunk`` and
         ``merge_sketches``.
 
     Raises

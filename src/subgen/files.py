@@ -151,7 +151,17 @@ def _read_bfloat16(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
 
 
 def from_bfloat16(words: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return the float32 whose upper halves are these bits."""
+    """Return the float32 whose upper halves are these bits.
+
+    Parameters
+    ----------
+    words : uint16 array
+        bfloat16 by its bits.
+
+    Returns
+    -------
+    float32 array of the same shape
+    """
     return (words.astype(np.uint32) << 16).view(np.float32)
 
 

@@ -102,7 +102,7 @@ class Codes:
 def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
     """Round vectors to 8 bits, to nearest or dithered.
 
-    What `dequantize` gave goes back to the same codes.
+    What `subgen.rounding.dequantize` gave goes back to the same codes.
 
     Parameters
     ----------

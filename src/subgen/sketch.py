@@ -296,7 +296,18 @@ class AttentionSketch:
         self._layout, self._state = layout, state
 
     def continued(self, layout: Layout | None, state: Any) -> AttentionSketch:
-        """Return a new sketch of the same parameters that goes on from a state; this one is as it was."""
+        """Return a new sketch of the same parameters that goes on from a state; this one is as it was.
+
+        Parameters
+        ----------
+        layout : Layout or None
+        state : MeansState or PaperState or None
+            Of this kind of sketch, and nobody else's to write to.
+
+        Returns
+        -------
+        AttentionSketch
+        """
         other = copy.copy(self)
         other._layout, other._state = layout, state
         return other
