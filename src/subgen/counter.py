@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ._array import Array
+from ._array import Array, array_namespace
 
-__all__ = ["DRAW_BITS", "draws", "stream_key", "threefry2x32"]
+__all__ = ["DRAW_BITS", "draws", "slot_draws", "stream_key", "threefry2x32"]
 
 _MASK = 0xFFFFFFFF
 _PARITY = 0x1BD11BDA
@@ -93,3 +93,24 @@ def draws(key: tuple[Array, Array], slots: Array, numbers: Array, threefry: Thre
     """
     bits, _ = threefry(key[0], key[1], slots & _MASK, numbers & _MASK)
     return ((bits >> 8) << 1) + 1
+
+
+def slot_draws(
+    seed: int, purpose: int, heads: Array, slots: Array, numbers: Array, threefry: Threefry = threefry2x32
+) -> Array:
+    """Draw once for every slot of every stream.
+
+    Parameters
+    ----------
+    seed, purpose, heads, threefry
+        As in `subgen.counter.stream_key`.
+    slots, numbers : int64 arrays, shape (1 or streams, ...), of as many axes
+        As in `subgen.counter.draws`.
+
+    Returns
+    -------
+    int64 array, shape (streams, ...)
+    """
+    later = (1,) * (slots.ndim - 1)
+    key0, key1 = (array_namespace(key).reshape(key, (-1, *later)) for key in stream_key(seed, purpose, heads, threefry))
+    return draws((key0, key1), slots, numbers, threefry)

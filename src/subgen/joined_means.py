@@ -13,7 +13,7 @@ from dataclasses import replace
 from ._array import Array, array_namespace, clip, compute_dtype, positions
 from .absorbing import value_scale
 from .backends import Operations
-from .counter import draws, stream_key
+from .counter import slot_draws
 from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_copy
 from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
@@ -120,7 +120,7 @@ def _importance(other: Means, typical: tuple[Array, Array], before: int, n: int,
     """
     xp = array_namespace(other.keys)
     seen = xp.cumulative_sum(xp.astype(other.counts, xp.int64), axis=1) + full
-    seen = xp.astype(xp.clip(seen, max=n), other.keys.dtype)
+    seen = xp.astype(clip(seen, None, n), other.keys.dtype)
     token = unusualness(other.keys, *typical) * early_weight(seen + before)
     return xp.where(other.counts == 1, token, other.importance * xp.sqrt(seen / (seen + before)))
 
@@ -159,7 +159,7 @@ def _absorb(
     start, total = 0, more.counts.shape[1]
     while start < total:
         part = slice(start, min(total, start + max(method.block, held.counts.shape[1] // _AT_ONCE)))
-        pool, joined = method.pool(join(held, _part(more, part)), held.counts.shape[1], ops)
+        pool, joined = method.pool(join(held, more.part(part)), held.counts.shape[1], ops)
         left = most(pool.counts.shape[1])
         held, moved = ops.merge_closest(pool, metric, value_scale, left, left)
         # Places that were free lead nowhere.
@@ -168,15 +168,10 @@ def _absorb(
     return held, places
 
 
-def _part(means: Means, part: slice) -> Means:
-    return means.each(lambda x: x[:, part, ...])
-
-
 def _drawn(method: ClusterMeans, purpose: int, number: int, like: Residual, heads: Array, ops: Operations) -> Array:
     xp = array_namespace(like.due)
     slots = positions(like.due.shape[1], like.due)[None, :]
-    key0, key1 = stream_key(method.seed, purpose, heads, ops.threefry2x32)
-    return draws((key0[:, None], key1[:, None]), slots, xp.zeros_like(slots) + number, ops.threefry2x32)
+    return slot_draws(method.seed, purpose, heads, slots, xp.zeros_like(slots) + number, ops.threefry2x32)
 
 
 def _replay(method: ClusterMeans, state: MeansState, second: MeansState, heads: Array, ops: Operations) -> MeansState:

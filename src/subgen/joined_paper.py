@@ -10,7 +10,7 @@ from __future__ import annotations
 from ._array import Array, array_namespace, chunks, positions
 from .backends import Operations
 from .clustering import append_leaders, room_for
-from .counter import DRAW_BITS, draws, stream_key
+from .counter import DRAW_BITS, slot_draws
 from .paper import CLUSTER_DRAWS, VALUE_DRAWS, Paper, flat, with_room
 from .sampling import drawn_places, first_reaching, group_tokens, next_count
 from .state import Clusters, PaperState, ValueReservoir
@@ -63,8 +63,7 @@ def _join_clusters(method: Paper, first: PaperState, second: PaperState, heads: 
     slots = xp.reshape(positions(places * t, counts), (1, places, t))
 
     def drawn(purpose: int) -> Array:
-        key0, key1 = stream_key(method.seed, purpose, heads, ops.threefry2x32)
-        return draws((key0[:, None, None], key1[:, None, None]), slots, counts[:, :, None], ops.threefry2x32)
+        return slot_draws(method.seed, purpose, heads, slots, counts[:, :, None], ops.threefry2x32)
 
     token = drawn_places(counts[:, :, None], drawn(_CLUSTER_CHOICES)) - old.counts[:, :, None]
     taken = (token >= 0) & (counts > 0)[:, :, None]
@@ -102,8 +101,7 @@ def _join_values(
     slots = positions(method.s, weight)[None, :]
 
     def uniform(purpose: int, number: int) -> Array:
-        key0, key1 = stream_key(method.seed, purpose, heads, ops.threefry2x32)
-        drawn = draws((key0[:, None], key1[:, None]), slots, xp.zeros_like(slots) + number, ops.threefry2x32)
+        drawn = slot_draws(method.seed, purpose, heads, slots, xp.zeros_like(slots) + number, ops.threefry2x32)
         return xp.astype(drawn, xp.float64) * 2.0**-DRAW_BITS
 
     taken = uniform(_VALUE_CHOICES, n_seen) * weight >= first.weight[:, None]

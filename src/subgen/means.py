@@ -378,8 +378,7 @@ class ClusterMeans:
             The place where each is now.
         """
         if self.delta is not None:
-            first, more = means.each(lambda x: x[:, :held, ...]), means.each(lambda x: x[:, held:, ...])
-            return join_leaders(first, more, self.delta, ops)
+            return join_leaders(means.part(slice(held)), means.part(slice(held, None)), self.delta, ops)
         xp = array_namespace(means.keys)
         streams, places = means.counts.shape
         joined = positions(places - held, means.keys) + held
@@ -414,7 +413,7 @@ class ClusterMeans:
         if self.delta is not None:
             xp = array_namespace(state.keys)
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
-            means = means.each(lambda x: x[:, :room, ...])
+            means = means.part(slice(room))
         dithers = Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
         settled = ops.settle(means, keys, values, state.queries, leave, dithers, self.storage == "int8")
         return replace(

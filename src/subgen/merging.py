@@ -49,6 +49,10 @@ class Means:
         pairs = zip(self.arrays(), other.arrays(), strict=True)
         return Means(*(None if a is None else function(a, b) for a, b in pairs))
 
+    def part(self, places: slice) -> Means:
+        """Return the clusters in some places."""
+        return self.each(lambda x: x[:, places, ...])
+
     def arrays(self) -> tuple[Array | None, ...]:
         """Return the arrays, in the order of the fields."""
         return self.keys, self.values, self.counts, self.spread, self.importance, self.leaders

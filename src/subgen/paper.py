@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ._array import Array, array_namespace, chunks, compute_dtype, positions
+from ._array import Array, array_namespace, chunks, clip, compute_dtype, positions
 from .backends import Operations
 from .clustering import append_leaders, room_for
 from .counter import stream_key
@@ -267,7 +267,7 @@ def _squared_norms(values: Array) -> Array:
     xp = array_namespace(values)
     wide = xp.astype(values, xp.float64, copy=False)
     if values.dtype == xp.float64:
-        wide = xp.clip(wide, -_LARGEST, _LARGEST)
+        wide = clip(wide, -_LARGEST, _LARGEST)
     return xp.sum(wide * wide, axis=-1)
 
 
