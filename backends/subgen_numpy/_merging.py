@@ -1,14 +1,15 @@
 """Merging closest pairs: a stream at a time, so that the costs of its pairs stay in the cache.
 
-The same pairs as `subgen.merging`, with less work: one symmetric product gives all costs, they are written over it,
-each row's cheapest partner is looked for once, and only the pairs that merge are touched. Where numba is installed, the
-loops over pairs are compiled, with the same results to the last bit.
+The same pairs as `subgen.merging`, with less work: costs are computed of the pairs that are compared alone, they are
+written over the product they come from, each cluster's cheapest partner is looked for again only where it was taken,
+and only the pairs that merge are touched. Where numba is installed, the loops over pairs are compiled, with the same
+results to the last bit.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -25,8 +26,6 @@ Integers = NDArray[np.int64]
 
 # Rows of costs worked on at once: with their factors they fit a cache of half a megabyte.
 _ROWS = 48
-# Neighbours among which the cheapest partner of a cluster is remembered.
-_SPAN = 64
 
 
 def merge_closest(
@@ -43,19 +42,21 @@ def merge_closest(
         left = np.flatnonzero(own.counts > 0)
         root = np.arange(n)  # the cluster that each became part of
         found = own if left.size == n else own.each(lambda x, left=left: x[left])  # type: ignore[misc]
+        if left.size < n and found.nearest is not None:
+            found = replace(found, nearest=_renumbered(found.nearest, left, n))
         while left.size > most:
-            size = left.size * _spans(left.size) * _SPAN
-            if room.size < size:
-                room = np.empty(size, means.keys.dtype)
-            nearest = _nearest(
-                found, None if metric is None else metric[stream % metric.shape[0]], value_scale[stream], room
-            )
-            first, second = _match(nearest, left.size - most)
+            new = left.size if found.nearest is None else int((found.nearest < 0).sum())
+            if room.size < new * left.size:
+                room = np.empty(new * left.size, means.keys.dtype)
+            own_metric = None if metric is None else metric[stream % metric.shape[0]]
+            first, second, nearest = _choose(found, own_metric, value_scale[stream], left.size - most, room)
             stays = np.ones(left.size, bool)
             stays[second] = False
             step = np.arange(n)
             step[left[second]] = left[first]
             root = step[root]
+            if found.nearest is not None:
+                found = replace(found, nearest=nearest)
             found, left = _merge(found, first, second, np.flatnonzero(stays)), left[stays]
         # Clusters first, in their order; free places hold zeros.
         free = np.ones(n, bool)
@@ -66,7 +67,7 @@ def merge_closest(
         for to, x in zip(result.arrays(), found.arrays(), strict=True):
             if to is not None:
                 to[stream, : left.size] = x
-                to[stream, left.size :] = 0
+                to[stream, left.size :] = -1 if to is result.nearest else 0
     return result, moved
 
 
@@ -80,64 +81,104 @@ def compiled() -> ModuleType | None:
 
 
 @dataclass
-class _Nearest:
-    """The costs of all pairs of a stream, and the cheapest partner of each in each span of neighbours.
+class _Pairs:
+    """The pairs of a stream that are compared.
 
     Attributes
     ----------
-    costs : array, shape (n, spans, _SPAN)
-        Infinite where there is no cluster.
-    place, least : integer array and array, shape (n, spans)
-        Place of the cheapest within the span, and its cost.
+    new : int64 array, shape (m,)
+        The clusters that are compared with all others.
+    costs : array, shape (m, n)
+        Of merging each of them with every other; infinite with itself.
+    nearest : int64 array, shape (n,)
+        Whom each of the others remembers, if that is none of the new; -1 elsewhere.
+    edge : array, shape (n,)
+        What merging with it costs; infinite elsewhere.
     """
 
+    new: Integers
     costs: Floats
-    place: NDArray[np.integer[Any]]
-    least: Floats
+    nearest: Integers
+    edge: Floats
 
 
-def _nearest(means: Means, metric: Floats | None, value_scale: Any, room: Floats) -> _Nearest:
-    """Half of `subgen.merging.ward_costs` of a stream without free places, in the room given."""
-    n = means.counts.shape[0]
-    spans = _spans(n)
-    dtype = means.keys.dtype
+def _choose(
+    means: Means, metric: Floats | None, value_scale: Any, surplus: int, room: Floats
+) -> tuple[Integers, Integers, Integers]:
+    """Choose disjoint pairs of a stream without free places, as `subgen.merging` does.
+
+    Parameters
+    ----------
+    means, metric, value_scale
+        Of one stream; see `subgen.merging.ward_costs`.
+    surplus : int
+        Most pairs.
+    room : array
+        What is written over: as many numbers as there are pairs, at least.
+
+    Returns
+    -------
+    first, second : int64 array, shape (pairs,)
+    nearest : int64 array, shape (n,)
+        Of those in no pair, the nearest other in no pair; -1 where there is none.
+    """
+    n, dtype = means.counts.shape[0], means.keys.dtype
     points = _points(means, metric, value_scale)
-    costs = room[: n * spans * _SPAN].reshape(n, spans, _SPAN)
-    pairs = costs.reshape(n, -1)[:, :n]
-    # The product of a matrix and its own transpose: BLAS computes one half, and the result is exactly symmetric.
-    np.matmul(points, points.T, out=pairs)
-    costs.reshape(n, -1)[:, n:] = np.inf
-    half = pairs.diagonal() * dtype.type(0.5)
+    nearest = np.full(n, -1) if means.nearest is None else means.nearest.astype(np.int64)
+    new = np.flatnonzero(nearest < 0)
+    m = new.size
+    costs = room[: m * n].reshape(m, n)
+    # The product of a matrix and its own transpose: BLAS computes one half, and the result is exactly symmetric, as
+    # mutual neighbours need.
+    if m == n:
+        np.matmul(points, points.T, out=costs)
+    else:
+        of_new = points[new]
+        np.matmul(of_new, points.T, out=costs)
+        costs[:, new] = of_new @ of_new.T
+    half = np.vecdot(points, points) * dtype.type(0.5)
     largest = float(np.finfo(dtype).max) ** 0.5
     # What may overflow, or has: costs are kept finite, so that any two clusters can merge.
     wild = not float(half.max()) < largest / 4
     w = means.importance
     some = bool((w > 0).all())
-    loops = compiled()
-    if loops is not None and some and not wild:
-        place, least = np.empty((spans, n), np.int32), np.empty((spans, n), dtype)
-        loops.costs_and_nearest(costs, half, w, place, least)
-        return _Nearest(costs, np.ascontiguousarray(place.T), np.ascontiguousarray(least.T))
-    places, factors, totals = np.empty((n, spans), np.intp), *(np.empty((min(n, _ROWS), n), dtype) for _ in range(2))
-    for start in range(0, n, _ROWS):
-        part = slice(start, min(n, start + _ROWS))
-        block = pairs[part]
-        factor, total = factors[: block.shape[0]], totals[: block.shape[0]]
-        np.add(half[part, None], half, out=total)
-        np.subtract(total, block, out=block)
+
+    def finish(products: Floats, rows: Any, columns: Any, total: Floats, factor: Floats) -> None:
+        """Turn products of points into costs, in place."""
+        np.add(half[rows], half[columns], out=total)
+        np.subtract(total, products, out=products)
         if wild:
-            np.nan_to_num(block, copy=False, nan=0.0, posinf=largest, neginf=0.0)
-            np.minimum(block, largest / 2, out=block)
-        np.maximum(block, 0.0, out=block)
-        np.multiply(w[part, None], w, out=factor)
-        np.add(w[part, None], w, out=total)
+            np.nan_to_num(products, copy=False, nan=0.0, posinf=largest, neginf=0.0)
+            np.minimum(products, largest / 2, out=products)
+        np.maximum(products, 0.0, out=products)
+        np.multiply(w[rows], w[columns], out=factor)
+        np.add(w[rows], w[columns], out=total)
         if not some:
             total[total <= 0] = 1.0
         factor /= total
-        block *= factor
-        np.fill_diagonal(block[:, start:], np.inf)
-        costs[part].argmin(axis=-1, out=places[part])
-    return _Nearest(costs, places, np.take_along_axis(costs, places[:, :, None], axis=2)[:, :, 0])
+        products *= factor
+
+    # Two that stay as they are and of which one remembers the other; a new one has its own row.
+    keeps = nearest >= 0
+    keeps[keeps] = nearest[nearest[keeps]] >= 0
+    old = np.flatnonzero(keeps)
+    nearest[~keeps] = -1
+    edge = np.full(n, np.inf, dtype)
+    if old.size:
+        apart = np.vecdot(points[old], points[nearest[old]])
+        finish(apart, old, nearest[old], np.empty_like(apart), np.empty_like(apart))
+        edge[old] = apart
+    loops = compiled()
+    if loops is not None and some and not wild:
+        chosen: tuple[Integers, Integers, Integers] = loops.choose(costs, new, half, w, nearest, edge, surplus)
+        return chosen
+    factors, totals = (np.empty((min(m, _ROWS), n), dtype) for _ in range(2))
+    for start in range(0, m, _ROWS):
+        part = slice(start, min(m, start + _ROWS))
+        size = part.stop - start
+        finish(costs[part], new[part, None], slice(None), totals[:size], factors[:size])
+    costs[np.arange(m), new] = np.inf
+    return _match(_Pairs(new, costs, nearest, edge), surplus)
 
 
 def _points(means: Means, metric: Floats | None, value_scale: Any) -> Floats:
@@ -171,22 +212,49 @@ def _root(metric: Floats) -> Floats:
         return np.eye(metric.shape[-1], dtype=metric.dtype)
 
 
-def _match(nearest: _Nearest, surplus: int) -> tuple[Integers, Integers]:
-    """Choose disjoint pairs, as `subgen.merging` does: rounds of mutual nearest, the cheapest first."""
-    costs, place, least = nearest.costs, nearest.place, nearest.least
-    loops = compiled()
-    if loops is not None:
-        pairs: tuple[Integers, Integers] = loops.match(costs, place, least, surplus)
-        return pairs
-    n, spans, _ = costs.shape
-    index = np.arange(n)
-    span = least.argmin(axis=-1)
-    partner, cost = span * _SPAN + place[index, span], least[index, span]
-    taken, penalty = np.zeros(n, bool), np.zeros((spans, _SPAN), costs.dtype)
+def _look(pairs: _Pairs, who: Integers, taken: NDArray[np.bool_], partner: Integers, cost: Floats) -> None:
+    """Look for the cheapest partner of some clusters, none of them taken, among those that are not taken."""
+    costs, new, n = pairs.costs, pairs.new, pairs.edge.size
+    row = np.full(n, -1)
+    row[new] = np.arange(new.size)
+    is_new = row[who] >= 0
+    rows, others = who[is_new], who[~is_new]
+    penalty = np.where(taken, costs.dtype.type(np.inf), costs.dtype.type(0))
+    if rows.size:
+        part = costs[row[rows]] + penalty
+        partner[rows] = where = part.argmin(axis=1)
+        cost[rows] = part[np.arange(rows.size), where]
+    if not others.size:
+        return
+    partner[others], cost[others] = 0, np.inf
+    if new.size:
+        # With the columns as rows: what lies together is compared.
+        columns = np.ascontiguousarray((costs[:, others] + penalty[new, None]).T)
+        where = columns.argmin(axis=1)
+        partner[others], cost[others] = new[where], columns[np.arange(others.size), where]
+    # Whom they remember, and who remembers them: the cheapest of both, of equal ones the first, is written last.
+    old = np.flatnonzero(~taken & (pairs.nearest >= 0))
+    old = old[~taken[pairs.nearest[old]]]
+    to, whom = np.concatenate([old, pairs.nearest[old]]), np.concatenate([pairs.nearest[old], old])
+    price = np.concatenate([pairs.edge[old], pairs.edge[old]])
+    order = np.lexsort((whom, price))[::-1]
+    best, least = np.zeros(n, np.int64), np.full(n, np.inf, price.dtype)
+    best[to[order]], least[to[order]] = whom[order], price[order]
+    least, best, known = least[others], best[others], cost[others]
+    closer = (least < known) | ((least == known) & (best < partner[others]))
+    partner[others], cost[others] = np.where(closer, best, partner[others]), np.where(closer, least, known)
+
+
+def _match(pairs: _Pairs, surplus: int) -> tuple[Integers, Integers, Integers]:
+    """Choose rounds of mutual nearest, the cheapest first; see `_choose`."""
+    n = pairs.edge.size
+    index, taken = np.arange(n), np.zeros(n, bool)
+    partner, cost = np.zeros(n, np.int64), np.empty(n, pairs.edge.dtype)
+    _look(pairs, index, taken, partner, cost)
     firsts, seconds = [], []
-    while surplus > 0:
+    while True:
         first = np.flatnonzero((partner[partner] == index) & (index < partner) & (cost < np.inf))
-        if first.size == 0:
+        if surplus == 0 or first.size == 0:
             break
         if first.size > surplus:
             first = first[np.argsort(cost[first], kind="stable")[:surplus]]
@@ -194,28 +262,21 @@ def _match(nearest: _Nearest, surplus: int) -> tuple[Integers, Integers]:
         firsts.append(first)
         seconds.append(second)
         surplus -= first.size
-        if surplus <= 0:
-            break
         for gone in (first, second):
             taken[gone] = True
-            cost[gone] = penalty.reshape(-1)[gone] = np.inf
-        # The nearest of all others is still there, and still their nearest. Only its span is searched again: a span
-        # whose cheapest has gone holds none that is cheaper.
-        stale = np.flatnonzero(taken[partner] & ~taken)
-        while stale.size:
-            span = partner[stale] // _SPAN
-            rows = costs[stale, span]
-            rows += penalty[span]
-            place[stale, span] = where = rows.argmin(axis=-1)
-            least[stale, span] = rows[np.arange(stale.size), where]
-            span = least[stale].argmin(axis=-1)
-            partner[stale], cost[stale] = span * _SPAN + place[stale, span], least[stale, span]
-            stale = stale[taken[partner[stale]] & (cost[stale] < np.inf)]
-    return np.concatenate(firsts), np.concatenate(seconds)
+            cost[gone] = np.inf
+        # The nearest of all others is still there, and still their nearest.
+        stale = np.flatnonzero(taken[partner] & (cost < np.inf))
+        if stale.size:
+            _look(pairs, stale, taken, partner, cost)
+    return np.concatenate(firsts), np.concatenate(seconds), np.where(cost < np.inf, partner, -1)
 
 
-def _spans(n: int) -> int:
-    return -(-n // _SPAN)
+def _renumbered(nearest: Any, stays: Integers, n: int) -> Any:
+    """Give places among n as those among the ones that stay; -1 remains."""
+    place = np.full(n + 1, -1, nearest.dtype)
+    place[stays] = np.arange(stays.size)
+    return place[nearest]
 
 
 def _merge(means: Means, first: Integers, second: Integers, stays: Integers) -> Means:
@@ -234,4 +295,6 @@ def _merge(means: Means, first: Integers, second: Integers, stays: Integers) -> 
     # The parallel-axis rule.
     merged.spread[place] += share * (means.spread[second] - means.spread[first] + (1 - share) * apart)
     merged.importance[place] += means.importance[second]
-    return merged
+    if means.nearest is None:
+        return merged
+    return replace(merged, nearest=_renumbered(merged.nearest, stays, means.counts.size))

@@ -129,7 +129,7 @@ def _check_paper(state: PaperState, arrays: Arrays, method: Paper) -> None:
 
 def _check_means(state: MeansState, arrays: Arrays, method: ClusterMeans) -> None:
     counts = arrays["counts"]
-    of_clusters = ["counts", "spread", "importance", "leaders"]
+    of_clusters = ["counts", "spread", "importance", "leaders", "nearest"]
     of_clusters += [f"{which}_codes.{part}" for which in ("key", "value") for part in ("codes", "scales")]
     _need(len({arrays[name].shape[1] for name in of_clusters if name in arrays}) == 1, "places of clusters")
     room = state.n_means + method.sink + method.window
@@ -141,6 +141,8 @@ def _check_means(state: MeansState, arrays: Arrays, method: ClusterMeans) -> Non
     _need((counts >= 0).all() and (counts.sum(axis=-1, dtype=np.int64) == absorbed).all(), "counts")
     _need(not (arrays["spread"] < 0).any(), "spread below zero")
     _need((arrays["importance"] >= 0).all() and np.isfinite(arrays["importance"]).all(), "importance")
+    if state.nearest is not None:
+        _check_nearest(arrays["nearest"].astype(np.int64), counts > 0)
     if state.residual is not None:
         place, due = arrays["residual.cluster"], arrays["residual.due"]
         slots = {arrays[f"residual.{name}"].shape[1] for name in ("keys", "values", "due", "cluster")}
@@ -149,3 +151,14 @@ def _check_means(state: MeansState, arrays: Arrays, method: ClusterMeans) -> Non
         if absorbed:
             _need((np.take_along_axis(counts, place.astype(np.int64), axis=1) > 0).all(), "clusters of the sample")
         _need((due > absorbed).all() and (due <= (absorbed << DRAW_BITS) + 1).all(), "moments of the sample")
+
+
+def _check_nearest(nearest: NDArray[np.int64], live: NDArray[np.bool_]) -> None:
+    """Check that clusters remember none or another that lives: else those of a stream may be left without a pair."""
+    some = nearest >= 0
+    _need((nearest >= -1).all() and (nearest < live.shape[1]).all(), "nearest clusters")
+    _need(not (some & (nearest == np.arange(live.shape[1]))).any(), "nearest clusters")
+    _need(
+        (live | ~some).all() and (np.take_along_axis(live, np.where(some, nearest, 0), axis=1) | ~some).all(),
+        "nearest clusters",
+    )

@@ -37,7 +37,7 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
     Returns
     -------
     means : Means
-        In the dtype to compute in, but for leaders.
+        In the dtype to compute in, but for leaders and nearest others.
     value_scale : array, shape (streams,)
         See ``value_scale``: the typical norm of a value in the window.
     """
@@ -47,12 +47,18 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
     keys, values = (xp.astype(x, wide, copy=False) for x in (keys, values))
     tokens, held = keys[:, :leave, :], widened(held, wide)
     typical = typical_direction(keys, held.keys, xp.astype(held.counts, wide))
-    leaving = clusters_of_one(tokens, values[:, :leave, :], unusualness(tokens, *typical) * weight, leaders)
+    leaving = clusters_of_one(
+        tokens,
+        values[:, :leave, :],
+        unusualness(tokens, *typical) * weight,
+        leaders,
+        remember=held.nearest is not None,
+    )
     return join(held, leaving), value_scale(values)
 
 
 def widened(means: Means, wide: object) -> Means:
-    """Cast what is stored to the dtype to compute in; counts and leaders stay."""
+    """Cast what is stored to the dtype to compute in; counts, leaders and nearest others stay."""
     xp = array_namespace(means.keys)
     keys, values, spread, importance = (
         xp.astype(x, wide, copy=False) for x in (means.keys, means.values, means.spread, means.importance)

@@ -52,7 +52,8 @@ def join_means(
     wide = compute_dtype(first.keys)
     sink_keys, between_keys, window_keys = _cut(method, first, second, first.keys, second.keys)
     sink_values, between_values, window_values = _cut(method, first, second, first.values, second.values)
-    held, other = method.means(first, wide), method.means(second, wide)
+    # Importance changes, and with it every cost: all are compared anew.
+    held, other = (replace(method.means(state, wide), nearest=None) for state in (first, second))
     recent_keys, recent_values = (
         xp.astype(x[:, : len(second.asked), :], wide, copy=False) for x in (window_keys, window_values)
     )

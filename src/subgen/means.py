@@ -52,6 +52,9 @@ _NUMBERS_AT_ONCE = 1 << 22
 # Importance falls with the root of the position, from 1 here: what came early was merged in a smaller crowd, and later
 # answers depend on it as much (docs/experiments.md).
 _EARLY = 1000.0
+# Every how many absorptions all clusters are compared anew with all others, not new ones alone: often enough that the
+# error does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
+_COMPARE_ALL = 8
 # What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
 _KEYS, _VALUES, _SPREAD, _IMPORTANCE, RESIDUAL_DRAWS = 3, 4, 5, 6, 7
 
@@ -76,6 +79,8 @@ class MeansState:
         The means, with ``storage="int8"``.
     leaders : array, shape (streams, clusters, head_dim), or None
         See `subgen.leaders`; with ``delta``.
+    nearest : int32 array, shape (streams, clusters), or None
+        See `subgen.merging.Means`; without ``delta``.
     queries : Codes, of shape (streams, window, head_dim)
         One query of each token in the window, scaled; the query heads of a group take turns.
     asked : tuple of bool
@@ -96,6 +101,7 @@ class MeansState:
     key_codes: Codes | None
     value_codes: Codes | None
     leaders: Array | None
+    nearest: Array | None
     queries: Codes
     asked: tuple[bool, ...]
     residual: Residual | None
@@ -157,7 +163,7 @@ class ClusterMeans:
         return Footprint(
             streams=keys.shape[0],
             pair=pair,
-            cluster=mean + 4 + size * (bands(d) + 1) + (0 if self.delta is None else size * d),
+            cluster=mean + 4 + size * (bands(d) + 1) + (4 if self.delta is None else size * d),
             fixed=pair * (self.sink + self.window) + (d + wide) * self.window + self.residual_samples * (pair + 4 + 8),
             window=self.window,
         )
@@ -191,6 +197,7 @@ class ClusterMeans:
             key_codes=Codes(zeros(0, d, dtype=xp.int8), zeros(0)) if coded else None,
             value_codes=Codes(zeros(0, e, dtype=xp.int8), zeros(0)) if coded else None,
             leaders=None if self.delta is None else zeros(0, d),
+            nearest=zeros(0, dtype=xp.int32) if self.delta is None else None,
             queries=Codes(zeros(self.window, d, dtype=xp.int8), zeros(self.window, dtype=wide)),
             asked=(),
             residual=empty_residual(keys, values, self.residual_samples) if self.residual_samples else None,
@@ -336,6 +343,8 @@ class ClusterMeans:
         window = slice(state.n_means + self.sink, None)
         leaves = slice(window.start, window.start + self.block)
         held = self.stored(state)
+        if held.nearest is not None and (state.n_seen - self.sink - self.window) // self.block % _COMPARE_ALL == 0:
+            held = replace(held, nearest=_nobody(held.counts))
         pool, value_scale = ops.collect(
             held, state.keys[:, window, :], state.values[:, window, :], self.block, early_weight(state.n_seen)
         )
@@ -414,6 +423,8 @@ class ClusterMeans:
             xp = array_namespace(state.keys)
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.part(slice(room))
+        elif means.nearest is None:
+            means = replace(means, nearest=_nobody(means.counts))
         dithers = Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
         settled = ops.settle(means, keys, values, state.queries, leave, dithers, self.storage == "int8")
         return replace(
@@ -426,6 +437,7 @@ class ClusterMeans:
             key_codes=settled.key_codes,
             value_codes=settled.value_codes,
             leaders=means.leaders,
+            nearest=means.nearest,
             queries=settled.queries,
             tail=Tail(state.n_exact),
         )
@@ -436,7 +448,7 @@ class ClusterMeans:
         if state.key_codes is not None and state.value_codes is not None:
             wide = compute_dtype(state.keys)
             keys, values = dequantize(state.key_codes, wide), dequantize(state.value_codes, wide)
-        return Means(keys, values, state.counts, state.spread, state.importance, state.leaders)
+        return Means(keys, values, state.counts, state.spread, state.importance, state.leaders, state.nearest)
 
     def means(self, state: MeansState, wide: object) -> Means:
         """Return the clusters in the dtype to compute in."""
@@ -456,6 +468,12 @@ def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tup
         return exact
     keys, values = dequantize(state.key_codes, rows.dtype), dequantize(state.value_codes, rows.dtype)
     return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
+
+
+def _nobody(counts: Array) -> Array:
+    """Return the nearest others of clusters that have not been compared: int32, shape (streams, clusters)."""
+    xp = array_namespace(counts)
+    return xp.full(counts.shape, -1, dtype=xp.int32, device=counts.device)
 
 
 def own_copy(state: MeansState, filled: int) -> MeansState:

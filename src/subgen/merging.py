@@ -2,13 +2,17 @@
 
 A round takes all pairs at once (as many as are needed, cheapest first) in which each is the other's nearest. It is
 parallel over pairs and streams, and in trials as good as merging one cheapest pair at a time.
+
+Clusters remember their nearest other. Only new ones, and those that have merged, are compared with all others; two that
+stay as they are may merge if one is remembered as the nearest of the other. That is a fraction of all pairs, and costs
+no accuracy to speak of as long as all are compared now and then (docs/experiments.md).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._array import Array, array_namespace, clip, positions
 
@@ -31,6 +35,9 @@ class Means:
         What merging this cluster costs, see `ward_costs`; adds up in a merge.
     leaders : array, shape (streams, clusters, head_dim), or None
         The key that opened each cluster, in the dtype of the input; see `subgen.leaders`.
+    nearest : int32 array, shape (streams, clusters), or None
+        The place of the nearest other, of those that each was compared with; -1 for one that has not been compared with
+        all others as it is now, and for a free place. ``None`` if no cluster has been.
     """
 
     keys: Array
@@ -39,6 +46,7 @@ class Means:
     spread: Array
     importance: Array
     leaders: Array | None = None
+    nearest: Array | None = None
 
     def each(self, function: Callable[[Array], Array]) -> Means:
         """Apply a function to every array."""
@@ -55,7 +63,7 @@ class Means:
 
     def arrays(self) -> tuple[Array | None, ...]:
         """Return the arrays, in the order of the fields."""
-        return self.keys, self.values, self.counts, self.spread, self.importance, self.leaders
+        return self.keys, self.values, self.counts, self.spread, self.importance, self.leaders, self.nearest
 
 
 def bands(head_dim: int) -> int:
@@ -73,8 +81,13 @@ def band_means(x: Array) -> Array:
     return xp.mean(xp.reshape(x, (*x.shape[:-1], bands(x.shape[-1]), -1)), axis=-1)
 
 
-def clusters_of_one(keys: Array, values: Array, importance: Array, leaders: Array | None = None) -> Means:
-    """Make each token a cluster: ``(streams, n, dim)``, and importance ``(streams, n)``, in float32 or float64."""
+def clusters_of_one(
+    keys: Array, values: Array, importance: Array, leaders: Array | None = None, *, remember: bool = False
+) -> Means:
+    """Make each token a cluster: ``(streams, n, dim)``, and importance ``(streams, n)``, in float32 or float64.
+
+    With ``remember`` they have places for their nearest others, with which they have not been compared.
+    """
     xp = array_namespace(keys)
     shape, device = tuple(keys.shape[:2]), keys.device
     return Means(
@@ -84,11 +97,12 @@ def clusters_of_one(keys: Array, values: Array, importance: Array, leaders: Arra
         spread=xp.zeros((*shape, bands(keys.shape[-1])), dtype=keys.dtype, device=device),
         importance=importance,
         leaders=leaders,
+        nearest=xp.full(shape, -1, dtype=xp.int32, device=device) if remember else None,
     )
 
 
 def join(first: Means, second: Means) -> Means:
-    """Put the clusters of one behind those of the other."""
+    """Put the clusters of one behind those of the other, none of which remembers a nearest."""
     xp = array_namespace(first.keys)
     return first.with_each(second, lambda a, b: xp.concat([a, b], axis=1))
 
@@ -150,6 +164,8 @@ def merge_closest(
     Parameters
     ----------
     means : Means
+        With ``nearest``, only pairs are compared of which one has not been compared with all others, or remembers the
+        other as its nearest.
     metric, value_scale
         As in `subgen.merging.ward_costs`.
     most : int
@@ -160,7 +176,8 @@ def merge_closest(
     Returns
     -------
     means : Means
-        The clusters first, in their order, and free places behind them.
+        The clusters first, in their order, and free places behind them. ``nearest``, if it was given, is that of those
+        that did not merge among themselves; where nothing had to merge in a stream, what it was.
     moved : int64 array, shape (streams, places before)
         The new place of each cluster that was given.
     """
@@ -170,16 +187,33 @@ def merge_closest(
         surplus = n_live(means)[:, None] - most
         if not bool(xp.any(surplus > 0)):
             break
-        partner, keeps, goes = _match(ward_costs(means, metric, value_scale), surplus)
+        costs = ward_costs(means, metric, value_scale)
+        if means.nearest is not None:
+            costs = xp.where(_compared(means.nearest), costs, xp.full_like(costs, math.inf))
+        partner, keeps, goes, nearest = _match(costs, surplus)
         means = _merge(means, partner, keeps, goes)
+        if means.nearest is not None:
+            means = replace(means, nearest=xp.where(surplus > 0, xp.astype(nearest, xp.int32), means.nearest))
         target = xp.where(goes, partner, positions(partner.shape[1], partner)[None, :])
         moved = xp.take_along_axis(target, moved, axis=1)
     order = xp.argsort(xp.astype(means.counts <= 0, xp.int8), axis=-1, stable=True)
-    moved = xp.take_along_axis(xp.argsort(order, axis=-1, stable=True), moved, axis=1)
+    place = xp.argsort(order, axis=-1, stable=True)
+    moved = xp.take_along_axis(place, moved, axis=1)
+    if means.nearest is not None:
+        found = xp.take_along_axis(place, xp.astype(clip(means.nearest, 0, None), xp.int64), axis=1)
+        means = replace(means, nearest=xp.where(means.nearest < 0, means.nearest, xp.astype(found, xp.int32)))
     return means.each(lambda x: _pick(x, order[:, :places])), moved
 
 
-def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array]:
+def _compared(nearest: Array) -> Array:
+    """Tell which pairs are compared: bool, shape (streams, n, n)."""
+    xp = array_namespace(nearest)
+    remembered = nearest[:, :, None] == xp.astype(positions(nearest.shape[1], nearest), xp.int32)[None, None, :]
+    new = nearest < 0
+    return new[:, :, None] | new[:, None, :] | remembered | xp.matrix_transpose(remembered)
+
+
+def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array, Array]:
     """Choose disjoint pairs, as many as the surplus or as there are: a greedy matching, in parallel.
 
     Rounds of mutual nearest neighbours among those not yet in a pair. The costs are computed once: a cluster that
@@ -188,7 +222,7 @@ def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array]:
     Parameters
     ----------
     costs : array, shape (streams, n, n)
-        From `ward_costs`.
+        From `ward_costs`; infinite where a pair is not compared.
     surplus : int64 array, shape (streams, 1)
 
     Returns
@@ -196,6 +230,8 @@ def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array]:
     partner : int64 array, shape (streams, n)
     keeps, goes : bool arrays, shape (streams, n)
         The first and the second of each pair.
+    nearest : int64 array, shape (streams, n)
+        Of those in no pair, the nearest other in no pair; -1 where there is none.
     """
     xp = array_namespace(costs)
     index = positions(costs.shape[1], costs)[None, :]
@@ -215,7 +251,8 @@ def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array]:
         first = first & (xp.argsort(order, axis=-1, stable=True) < surplus)
         second = mutual & (index > partner) & xp.take_along_axis(first, partner, axis=1)
         if not bool(xp.any(first)):
-            return chosen, keeps, goes
+            nearest = xp.where(cost < math.inf, partner, xp.full_like(partner, -1))
+            return chosen, keeps, goes, nearest
         chosen = xp.where(first | second, partner, chosen)
         keeps, goes = keeps | first, goes | second
         surplus = surplus - xp.sum(xp.astype(first, xp.int64), axis=-1, keepdims=True)
@@ -240,6 +277,7 @@ def _merge(means: Means, partner: Array, keeps: Array, goes: Array) -> Means:
         + share[:, :, None] * (_pick(means.spread, partner) - means.spread + (1.0 - share)[:, :, None] * apart),
         importance=xp.where(keeps, means.importance + _pick(means.importance, partner), means.importance),
         leaders=means.leaders,
+        nearest=means.nearest,
     )
 
 
