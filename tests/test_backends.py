@@ -150,18 +150,22 @@ def test_compiled_loops_give_the_same_bits(
         sketch = subgen.AttentionSketch(max_clusters, window=window)
         sketch.update(k, v, q)
         states.append(sketch.state)
-    for name in ("keys", "values", "counts", "spread", "importance"):
+    for name in ("keys", "values", "counts", "spread", "importance", "nearest"):
         np.testing.assert_array_equal(getattr(states[0], name), getattr(states[1], name), err_msg=name)
 
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("backend", replacing("merge_closest"), ids=lambda b: b.name)
 @pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("old", [None, 0.0, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(("free", "most"), [(0, 20), (5, 13), (5, 3), (0, 40)])
 def test_merging_decides_as_the_portable_code_on_integers(
-    backend: Backend, learned: bool, free: int, most: int
+    backend: Backend, learned: bool, old: float | None, free: int, most: int
 ) -> None:
-    """Ties all over, and costs that are exact in every order of summation: 32 clusters of integers."""
+    """Ties all over, and costs that are exact in every order of summation: 32 clusters of integers.
+
+    A share of them, ``old``, remembers another; they need not be the nearest.
+    """
     library = LIBRARIES[backend.name]
     rng = np.random.default_rng(most)
     n, d = 32 + free, 8
@@ -176,6 +180,7 @@ def test_merging_decides_as_the_portable_code_on_integers(
         spread=rng.integers(0, 3, size=(3, n, 4)).astype(np.float32),
         importance=rng.integers(1, 4, size=(3, n)).astype(np.float32),
         leaders=rng.normal(size=(3, n, d)).astype(np.float16),
+        nearest=None if old is None else remembered(counts, old, rng),
     )
     metric = (root @ root.swapaxes(-1, -2)).astype(np.float32) if learned else None
     scale = np.asarray([1.0, 2.0, 0.5], np.float32)
@@ -195,6 +200,21 @@ def test_merging_decides_as_the_portable_code_on_integers(
         for name in ("keys", "values", "spread", "importance", "leaders"):
             mine, theirs = to_numpy(getattr(got, name)), getattr(expected, name)
             np.testing.assert_allclose(mine[live], theirs[live], rtol=1e-6, atol=1e-6, err_msg=name)
+        if old is None:
+            assert got.nearest is None
+        else:
+            np.testing.assert_array_equal(to_numpy(got.nearest), expected.nearest)
+
+
+def remembered(counts: np.ndarray, old: float, rng: np.random.Generator) -> np.ndarray:
+    """Let a share of the clusters remember another that lives, a few of them the same ones: int32."""
+    nearest = np.full(counts.shape, -1, np.int32)
+    for row, live in zip(nearest, counts > 0, strict=True):
+        places = np.flatnonzero(live)
+        for i in places[rng.random(places.size) < old]:
+            others = places[places != i]
+            row[i] = rng.choice(others[:5] if rng.random() < 0.5 else others)
+    return nearest
 
 
 @pytest.mark.usefixtures("loops")
