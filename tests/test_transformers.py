@@ -628,13 +628,17 @@ WORKING = {
     "GPTNeoX": {},
     "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 64},
+    "GPTJ": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
+    "CodeGen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
 }
+# Before it OPT makes masks of its own; GPT-J and CodeGen have attention in their own code.
+SINCE = {"OPT": "5.11", "GPTJ": "5.24", "CodeGen": "5.24"}
 
 
 @pytest.mark.parametrize("family", WORKING)
 def test_families_that_work(family: str) -> None:
-    if family == "OPT" and OLD:
-        pytest.skip("makes masks of its own before transformers 5.11")
+    if before(SINCE.get(family, "0")):
+        pytest.skip(f"since transformers {SINCE[family]}")
     plain, model = build(family, "sdpa", **WORKING[family]), build(family, **WORKING[family])
     ids = tokens(2, 50)
     expected = plain(ids).logits
@@ -685,7 +689,7 @@ def build_sliding(config: str, family: str, attention: str, more: dict[str, Any]
         ("Bloom", {}, "own code"),
         ("StableLm", {}, "own code"),
         ("Mpt", {"n_heads": 4, "d_model": 64, "n_layers": 2}, "own code"),
-        ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "own code"),
+        *[(family, WORKING[family], "own code") for family in ("GPTJ", "CodeGen") if before(SINCE[family])],
         ("Gemma2", {"head_dim": 16}, "caps its logits"),
         ("Mistral", {"sliding_window": 16}, "nothing to compress"),
         ("DeepseekV3", {"first_k_dense_replace": 2, "q_lora_rank": None, "num_key_value_heads": 4}, "MLA"),
