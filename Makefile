@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # Releases of transformers that the tests pass on; `make test` uses the newest.
-TRANSFORMERS ?= 4.57.6 5.0.0 5.5.0 5.23.0
+TRANSFORMERS ?= 4.57.6 5.0.0 5.5.0 5.23.0 5.24.0
 # kvpress needs transformers below 5.3, and has its own environment.
 RIVALS := .venv-rivals
 # The site's environment and where it is built.

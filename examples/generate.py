@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from subgen_torch.transformers import SubGenCache, enable
-from task import MODEL, Score, evaluate, samples, source
+from task import MODEL, Score, evaluate, read, samples, source
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
@@ -49,8 +49,8 @@ def score(model: Any, drawn: Any, make: Any, progress: Progress, name: str) -> S
 
     def answer(prompt: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         cache = make()
-        first = model(prompt, past_key_values=cache).logits[:, -1:]
-        return torch.cat([first, model(rest, past_key_values=cache).logits[:, :-1]], dim=1)
+        first = read(model, prompt, cache)[:, -1:]
+        return torch.cat([first, read(model, rest, cache)[:, :-1]], dim=1)
 
     job = progress.add_task(name, total=len(drawn))
     return evaluate(drawn, answer, tell=lambda done: progress.update(job, completed=done))
@@ -108,7 +108,7 @@ def stream(model: Any, tokens: int, block: int = 500) -> None:
     with bar() as progress, torch.inference_mode():
         for start in progress.track(range(0, tokens, block), description="reading"):
             stop = min(tokens, start + block)
-            logits = model(ids[:, start:stop], past_key_values=cache).logits[0]
+            logits = read(model, ids[:, start:stop], cache)[0]
             loss += float(torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="sum"))
             if (start // block + 1) % every == 0:
                 total = cache.report().total

@@ -22,7 +22,7 @@ from typing import Any
 
 import kvpress
 import torch
-from task import MODEL, evaluate, samples
+from task import MODEL, evaluate, read, samples
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
@@ -73,10 +73,10 @@ def main() -> None:
             def answer(prompt: Any, rest: Any, model: Any = model, press: Any = press) -> Any:
                 cache = DynamicCache(config=model.config)
                 with press(model):
-                    start = model(prompt, past_key_values=cache).logits[:, -1:]
+                    start = read(model, prompt, cache)[:, -1:]
                 # The cache forgot how long the prompt was.
                 places = prompt.shape[1] + torch.arange(rest.shape[1])[None].expand(len(rest), -1)
-                more = model(rest, past_key_values=cache, position_ids=places).logits[:, :-1]
+                more = read(model, rest, cache, position_ids=places)[:, :-1]
                 return torch.cat([start, more], dim=1)
 
             name = name if equal else f"{name} (growing)"

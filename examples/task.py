@@ -6,6 +6,7 @@ and NumPy alone, and gives every one the same samples.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["MODEL", "Sample", "Score", "evaluate", "samples", "source"]
+__all__ = ["MODEL", "Sample", "Score", "evaluate", "read", "samples", "source"]
 
 #: A byte-level Llama of 2.8M parameters, trained on the standard library's source for this project.
 MODEL = Path(__file__).parent / "tiny_llama"
@@ -124,6 +125,28 @@ def _plant(draw: random.Random, text: bytes, lines: list[bytes], size: int, shar
     out += body[last:]
     kind += [0] * (len(body) - last)
     return bytes(out), np.asarray(kind), room
+
+
+def read(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
+    """Read tokens after those that a cache holds.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    ids : Tensor, shape (rows, tokens)
+    cache : transformers.Cache
+    **options
+        What else the model is given.
+
+    Returns
+    -------
+    Tensor, shape (rows, tokens, vocabulary)
+        Logits.
+    """
+    # Transformers 5.24 renamed the argument, and the rivals run on an older release.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    logits: torch.Tensor = model(ids, **{name: cache}, **options).logits
+    return logits
 
 
 def evaluate(

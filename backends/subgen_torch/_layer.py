@@ -31,7 +31,6 @@ class SubGenLayer(CacheLayerMixin):
     """
 
     is_compileable = False
-    is_croppable = False
     is_sliding = False
     supports_early_init = False
 
@@ -141,6 +140,11 @@ class SubGenLayer(CacheLayerMixin):
         if self._scale is not None and scale != self._scale:
             raise ValueError(f"the factor of the logits was {self._scale} and is now {scale}: it must not change")
         self._scale = scale
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back: from 5.24 on, transformers drafts tokens only for caches that say so."""
+        return self.rollback > 0
 
     def crop(self, max_length: int) -> None:
         """Take tokens back: ``-n`` removes n; a positive number is the length to keep, as in older releases.

@@ -3,7 +3,7 @@
 >>> from subgen_torch.transformers import SubGenCache, enable      # doctest: +SKIP
 >>> enable(model)                                                  # doctest: +SKIP
 >>> cache = SubGenCache(model.config, max_clusters=512)            # doctest: +SKIP
->>> model.generate(**inputs, past_key_values=cache)                # doctest: +SKIP
+>>> model.generate(**inputs, cache=cache)                          # doctest: +SKIP
 >>> print(cache.report())                                          # doctest: +SKIP
 """
 
@@ -78,7 +78,9 @@ def disable(model: Any) -> None:
 
 
 class SubGenCache(Cache):
-    """Past keys and values as sketches, for ``past_key_values``; the model must be switched on with `enable`.
+    """Past keys and values as sketches, for a model's ``cache``; the model must be switched on with `enable`.
+
+    Before transformers 5.24 the argument ``cache`` of models and of ``generate`` is called ``past_key_values``.
 
     Layers that slide over a window stay exact: their memory is bounded as it is. The seeds, dtype and device are
     those of each layer's first tokens. The cache is for one batch; call `reset` before another.
@@ -126,7 +128,7 @@ class SubGenCache(Cache):
     >>> enable(model)
     >>> cache = SubGenCache(model.config, max_clusters=32, window=16)
     >>> prompt = torch.randint(3, 64, (1, 200))
-    >>> tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    >>> tokens = model.generate(prompt, cache=cache, max_new_tokens=8, do_sample=False, eos_token_id=None)
     >>> tokens.shape, cache.get_seq_length()
     (torch.Size([1, 208]), 207)
     >>> cache.report().layers[0].n_clusters
