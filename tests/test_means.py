@@ -258,7 +258,8 @@ def line(*places: float, nearest: list[int] | None, library: Library) -> Means:
     [
         # Nothing was compared: all is.
         ([-1, -1, -1, -1, -1], [0, 1, 1, 2, 3], [2, -1, 3, 2]),
-        # 5 and 5.1 stay as they are and do not remember each other: 9, which is new, and 9.5 are the closest that do; 5.1 is left alone.
+        # 5 and 5.1 stay as they are and do not remember each other: 9, which is new, and 9.5 are the closest that do.
+        # 5.1 remembered 9, and knows nobody else.
         ([1, 0, 3, -1, 2], [0, 1, 2, 3, 3], [1, 0, -1, -1]),
         # One that remembers the other is enough.
         ([2, 0, 1, -1, 3], [0, 1, 1, 2, 3], [2, -1, 3, 2]),
@@ -287,7 +288,9 @@ def test_what_nothing_merged_in_remembers_what_it_did(library: Library) -> None:
 
 
 def test_a_sketch_remembers_others_that_live(library: Library) -> None:
-    """Of every cluster but those that merged last; and a window of two takes a token at a time."""
+    """All but those that merged last do; a window of two absorbs a token at a time."""
+    if library.name == "jax":
+        pytest.skip("JAX compiles for every shape")
     q, k, v = stream(3, (2,), 400)
     for window in (2, 16):
         sketch = AttentionSketch(20, window=window, sink=2)
@@ -313,7 +316,7 @@ def test_comparing_some_pairs_costs_no_accuracy() -> None:
             sketch.update(k[:, part], v[:, part], q[:, part])
             if forget:
                 nobody = np.full_like(sketch.state.nearest, -1)
-                sketch.resume(sketch.layout, replace(sketch.state, nearest=nobody))
+                sketch = sketch.continued(sketch.layout, replace(sketch.state, nearest=nobody))
         off = sketch.step(q[:, 1104:], k[:, 1104:], v[:, 1104:]) - exact
         errors.append((np.linalg.norm(off, axis=-1) / np.linalg.norm(exact, axis=-1)).mean())
     assert errors[0] < 1.1 * errors[1]
