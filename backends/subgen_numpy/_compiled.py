@@ -17,7 +17,7 @@ __all__ = ["choose"]
 Integers = NDArray[np.int64]
 
 # Neighbours among which the cheapest partner of a new cluster is remembered.
-_SPAN = 64
+_SPAN = 128
 _options = {"cache": True, "nogil": True, "error_model": "numpy"}
 # No number is NaN, and zeros have no sign: several are compared at once.
 _compares = {"nnan", "nsz"}

@@ -26,6 +26,8 @@ Integers = NDArray[np.int64]
 
 # Rows of costs worked on at once: with their factors they fit a cache of half a megabyte.
 _ROWS = 48
+# Rows gathered at once.
+_GATHERED = 256
 
 
 def merge_closest(
@@ -41,7 +43,7 @@ def merge_closest(
         own = means.each(lambda x, stream=stream: x[stream])  # type: ignore[misc]
         left = np.flatnonzero(own.counts > 0)
         root = np.arange(n)  # the cluster that each became part of
-        found = own if left.size == n else own.each(lambda x, left=left: x[left])  # type: ignore[misc]
+        found = own if left.size == n else own.each(lambda x, left=left: x.take(left, axis=0))  # type: ignore[misc]
         if left.size < n and found.nearest is not None:
             found = replace(found, nearest=_renumbered(found.nearest, left, n))
         while left.size > most:
@@ -133,7 +135,7 @@ def _choose(
     if m == n:
         np.matmul(points, points.T, out=costs)
     else:
-        of_new = points[new]
+        of_new = points.take(new, axis=0)
         np.matmul(of_new, points.T, out=costs)
         costs[:, new] = of_new @ of_new.T
     half = np.vecdot(points, points) * dtype.type(0.5)
@@ -165,7 +167,12 @@ def _choose(
     nearest[~keeps] = -1
     edge = np.full(n, np.inf, dtype)
     if old.size:
-        apart = np.vecdot(points[old], points[nearest[old]])
+        # Some rows at a time: gathers of a megabyte wait for memory from the system.
+        apart = np.empty(old.size, dtype)
+        for start in range(0, old.size, _GATHERED):
+            some_old = old[start : start + _GATHERED]
+            others = points.take(nearest[some_old], axis=0)
+            np.vecdot(points.take(some_old, axis=0), others, out=apart[start : start + _GATHERED])
         finish(apart, old, nearest[old], np.empty_like(apart), np.empty_like(apart))
         edge[old] = apart
     loops = compiled()
@@ -285,10 +292,10 @@ def _merge(means: Means, first: Integers, second: Integers, stays: Integers) -> 
     wide = means.keys.dtype
     total = counts + added
     share = (added.astype(wide) / total.astype(wide))[:, None]
-    difference = means.keys[second] - means.keys[first]
+    difference = means.keys.take(second, axis=0) - means.keys.take(first, axis=0)
     apart = band_means(difference * difference)
     place = np.searchsorted(stays, first)
-    merged = means.each(lambda x: x[stays])
+    merged = means.each(lambda x: x.take(stays, axis=0))
     merged.keys[place] += difference * share
     merged.values[place] += (means.values[second] - means.values[first]) * share
     merged.counts[place] = total

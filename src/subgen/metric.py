@@ -33,12 +33,12 @@ def typical_direction(keys: Array, held: Array, counts: Array) -> tuple[Array, A
         Of ``1 - cos``.
     """
     xp = array_namespace(keys)
-    fresh, old = _directions(keys), _directions(held)
-    weight = counts[:, :, None]
-    anchor = _directions(xp.sum(fresh, axis=1, keepdims=True) + xp.sum(old * weight, axis=1, keepdims=True))
-    away = 1.0 - xp.sum(fresh * anchor, axis=-1)
-    old_away = (1.0 - xp.sum(old * anchor, axis=-1)) * counts
-    total = xp.sum(away, axis=1, keepdims=True) + xp.sum(old_away, axis=1, keepdims=True)
+    length, old_length = _lengths(keys), _lengths(held)
+    # Products with all keys, which are read and not written.
+    anchor = xp.matmul((1.0 / length)[:, None, :], keys) + xp.matmul((counts / old_length)[:, None, :], held)
+    anchor = anchor / _lengths(anchor)[:, :, None]
+    old_away = _away(held, old_length, anchor) * counts
+    total = xp.sum(_away(keys, length, anchor), axis=1, keepdims=True) + xp.sum(old_away, axis=1, keepdims=True)
     return anchor, total / (keys.shape[1] + xp.sum(counts, axis=1, keepdims=True))
 
 
@@ -62,16 +62,24 @@ def unusualness(keys: Array, anchor: Array, mean: Array) -> Array:
         differ by no more than the rounding of float32.
     """
     xp = array_namespace(keys)
-    away = 1.0 - xp.sum(_directions(keys) * anchor, axis=-1)
+    away = _away(keys, _lengths(keys), anchor)
     told = mean > LEAST_ANGLE
     ratio = xp.where(told, away / xp.where(told, mean, xp.ones_like(mean)), xp.ones_like(away))
     return clip(ratio, 0.3, 5.0) ** 4
 
 
-def _directions(x: Array) -> Array:
+def _lengths(x: Array) -> Array:
+    """Norms, and 1 for a zero: ``(streams, n, dim)`` to ``(streams, n)``."""
     xp = array_namespace(x)
-    norms = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
-    return x / xp.where(norms > 0, norms, xp.ones_like(norms))
+    norms = xp.sqrt(xp.vecdot(x, x))
+    return xp.where(norms > 0, norms, xp.ones_like(norms))
+
+
+def _away(keys: Array, length: Array, anchor: Array) -> Array:
+    """``1 - cos`` of the angle between keys and a direction: shape (streams, n); 1 where it is beyond the dtype."""
+    xp = array_namespace(keys)
+    cosine = xp.matmul(keys, xp.matrix_transpose(anchor))[:, :, 0] / length
+    return 1.0 - xp.where(xp.isfinite(cosine), cosine, xp.zeros_like(cosine))
 
 
 def query_moment(keys: Array, queries: Codes, asked: tuple[bool, ...], scale: float | None) -> Array:
