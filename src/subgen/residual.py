@@ -222,26 +222,34 @@ def correct(
     added = (xp.matmul(truth, values) - xp.matmul(believed, mean_values)) / slots
     corrected = (output + added) / mass
 
+    # Values in units of the largest that a row has to do with: their squares, times those of the largest weights, are
+    # within float32 whatever the values.
+    largest = xp.max(xp.abs(xp.concat([values, means.values], axis=1)), axis=(1, 2))[:, None, None]
+    unit = xp.max(xp.abs(corrected), axis=-1, keepdims=True)
+    unit = xp.where(unit > largest, unit, largest)
+    unit = xp.where(unit > 0, unit, xp.ones_like(unit))[..., None]
+    middle = corrected[:, :, None, :] / unit
+
     # Each slot's part in the ratio, coordinate by coordinate.
-    part = truth[..., None] * (values[:, None, :, :] - corrected[:, :, None, :])
-    part = part - believed[..., None] * (mean_values[:, None, :, :] - corrected[:, :, None, :])
+    part = truth[..., None] * (values[:, None, :, :] / unit - middle)
+    part = part - believed[..., None] * (mean_values[:, None, :, :] / unit - middle)
     part = part - xp.mean(part, axis=2, keepdims=True)
     seen = xp.sum(part * part, axis=2) / max(1, slots - 1)
 
     # What the clusters predict: log-normal members with the variance of the spread, values independent of them.
-    deviation = values - mean_values
-    within = xp.sum(deviation * deviation, axis=1) / slots
+    deviation = (values - mean_values)[:, None, :, :] / unit
+    within = xp.sum(deviation * deviation, axis=2) / slots
     variance = 2.0 * half_variance(rows, means.spread)
     excess = xp.where(variance < log_counts, variance, xp.broadcast_to(log_counts, variance.shape))
     square = _exp(2.0 * (masses + logits) - log_counts + log_total + excess)
     several = xp.astype(means.counts > 1, wide)[:, None, :]
     square = square * several
     apart = square * (1.0 - xp.exp(-excess))
-    offsets = means.values[:, None, :, :] - corrected[:, :, None, :]
+    offsets = means.values[:, None, :, :] / unit - middle
     predicted = xp.sum(apart[..., None] * offsets * offsets, axis=2)
-    predicted = predicted + xp.sum(square, axis=2)[..., None] * within[:, None, :]
+    predicted = predicted + xp.sum(square, axis=2)[..., None] * within
     variance = xp.where(seen > predicted, seen, predicted) / slots
-    return corrected, xp.sqrt(variance) / mass, logsumexp + xp.log(mass[..., 0])
+    return corrected, xp.sqrt(variance) * unit[..., 0] / mass, logsumexp + xp.log(mass[..., 0])
 
 
 def _exp(logits: Array) -> Array:
