@@ -66,6 +66,17 @@ def arrays(heads: int, n: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndar
     )
 
 
+def merging_work(clusters: int, passing: int, dim: int) -> float:
+    """Operations of an absorption that no program can do without: points in the metric, and the products of pairs.
+
+    New clusters, those that come and those that merged before, are compared with all; every eighth time all are, by a
+    product of which half is computed.
+    """
+    n = clusters + passing
+    some, every = 2 * (2 * passing) * n * 2 * dim, n * n * 2 * dim
+    return 2 * n * dim * dim + (7 * some + every) / 8
+
+
 def per_step(sketch: AttentionSketch, data: tuple[Any, Any, Any], steps: int) -> list[float]:
     """Seconds of each of a number of single-token steps; the data is used again from its start when it ends."""
     q, k, v = data
@@ -150,8 +161,7 @@ def main() -> None:
             if name.startswith("exact"):
                 report(name, t, n * size / bandwidth)
                 continue
-            # The costs of pairs, once for every half window: a symmetric product of keys and values.
-            work = args.heads * (args.clusters + passing) ** 2 * 2 * args.dim / passing
+            work = args.heads * merging_work(args.clusters, passing, args.dim) / passing
             report(name, t / passing, held * size / bandwidth + work / rate, best)
         del keys, values, decoders, calls
 
@@ -171,11 +181,11 @@ def main() -> None:
             block = [make(x) for x in (k, v, q)]
             begin = time.process_time()
             sketches[name].update(*block)
-            work = args.heads * args.prompt / passing * (args.clusters + passing) ** 2
+            work = args.heads * args.prompt / passing * merging_work(args.clusters, passing, args.dim)
             report(
                 f"sketch {name} (an eighth of the tokens)",
                 8 * (time.process_time() - begin),
-                work * 2 * args.dim / rate,
+                work / rate,
                 best,
             )
         del q, k, v
