@@ -53,21 +53,28 @@ def choose(
         Of those in no pair, the nearest other in no pair; -1 where there is none.
     """
     m, n = costs.shape
+    everyone = m == n
     row = np.full(n, -1)
     row[new] = np.arange(m)
-    partner, cost = np.zeros(n, np.int32), np.full(n, np.inf, costs.dtype)
-    _fill(costs, new, half, weight, partner, cost)
-    # Of each new one, the cheapest in each span and its cost; of the others, all costs together.
     spans = -(-n // _SPAN)
-    place, least = np.empty((m, spans), np.int32), np.empty((m, spans), costs.dtype)
-    turned = np.empty((n if m < n else 0, m), costs.dtype)
     penalty, penalty_of_new = np.zeros(n, costs.dtype), np.zeros(m, costs.dtype)
-    for r in range(m):
-        for span in range(spans):
-            _search(costs[r], penalty, place[r], least[r], span)
-        partner[new[r]], cost[new[r]] = _cheapest(costs[r], penalty, place[r], least[r])
-    if m < n:
+    # Of each, the cheapest of the new ones; where all are new, in each span. Costs are symmetric.
+    offered = np.zeros((spans if everyone else 1, n), np.int32)
+    least_offered = np.full(offered.shape, np.inf, costs.dtype)
+    _fill(costs, new, half, weight, offered, least_offered)
+    partner, cost = offered[0].copy(), least_offered[0].copy()
+    # Of each new one, the cheapest in each span and its cost; of the others, all costs together.
+    turned = np.empty((0 if everyone else n, m), costs.dtype)
+    if everyone:
+        place, least = offered.T.copy(), least_offered.T.copy()
+    else:
+        place, least = np.empty((m, spans), np.int32), np.empty((m, spans), costs.dtype)
+        for r in range(m):
+            for span in range(spans):
+                _search(costs[r], penalty, place[r], least[r], span)
         _turn(costs, turned)
+    for r in range(m):
+        partner[new[r]], cost[new[r]] = _cheapest(costs[r], penalty, place[r], least[r])
     # Of those that remember the same cluster, the last, and the one before each.
     last, before = np.full(n, -1), np.full(n, -1)
     for i in range(n):
@@ -131,9 +138,10 @@ def choose(
 
 
 @njit(fastmath=_compares, **_options)
-def _fill(costs: Any, new: Any, half: Any, weight: Any, partner: Any, cost: Any) -> None:
-    """Turn products into costs, and give every old cluster the cheapest of the new ones."""
+def _fill(costs: Any, new: Any, half: Any, weight: Any, offered: Any, least_offered: Any) -> None:
+    """Turn products into costs, and give every cluster the cheapest of the new ones, or of each span of them."""
     m, n = costs.shape
+    every = m if offered.shape[0] == 1 else _SPAN
     zero, infinite = half.dtype.type(0), half.dtype.type(np.inf)
     for r in range(m):
         row, i = costs[r], np.int32(new[r])
@@ -142,12 +150,12 @@ def _fill(costs: Any, new: Any, half: Any, weight: Any, partner: Any, cost: Any)
             apart = max(own + half[j] - row[j], zero)
             row[j] = apart * (own_weight * weight[j] / (own_weight + weight[j]))
         row[i] = infinite
-        if m < n:
-            # A row offers itself to every column, which takes no search along columns.
-            for j in range(n):
-                closer = row[j] < cost[j]
-                cost[j] = row[j] if closer else cost[j]
-                partner[j] = i if closer else partner[j]
+        # A row offers itself to every column, which takes no search.
+        partner, cost = offered[r // every], least_offered[r // every]
+        for j in range(n):
+            closer = row[j] < cost[j]
+            cost[j] = row[j] if closer else cost[j]
+            partner[j] = i if closer else partner[j]
 
 
 @njit(**_options)

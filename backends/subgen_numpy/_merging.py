@@ -59,7 +59,9 @@ def merge_closest(
             root = step[root]
             if found.nearest is not None:
                 found = replace(found, nearest=nearest)
-            found, left = _merge(found, first, second, np.flatnonzero(stays)), left[stays]
+            last = left.size - first.size <= most
+            room_for = result.each(lambda x, stream=stream: x[stream]) if last else None  # type: ignore[misc]
+            found, left = _merge(found, first, second, np.flatnonzero(stays), room_for), left[stays]
         # Clusters first, in their order; free places hold zeros.
         free = np.ones(n, bool)
         free[left] = False
@@ -67,9 +69,11 @@ def merge_closest(
         place[left], place[free] = np.arange(left.size), np.arange(left.size, n)
         moved[stream] = place[root]
         for to, x in zip(result.arrays(), found.arrays(), strict=True):
-            if to is not None:
+            if to is None:
+                continue
+            if not np.may_share_memory(to, x):
                 to[stream, : left.size] = x
-                to[stream, left.size :] = -1 if to is result.nearest else 0
+            to[stream, left.size :] = -1 if to is result.nearest else 0
     return result, moved
 
 
@@ -286,8 +290,8 @@ def _renumbered(nearest: Any, stays: Integers, n: int) -> Any:
     return place[nearest]
 
 
-def _merge(means: Means, first: Integers, second: Integers, stays: Integers) -> Means:
-    """Merge pairs into the first of each, and keep only the clusters that stay."""
+def _merge(means: Means, first: Integers, second: Integers, stays: Integers, room: Means | None) -> Means:
+    """Merge pairs into the first of each, and keep only the clusters that stay; in the room, if there is some."""
     counts, added = means.counts[first], means.counts[second]
     wide = means.keys.dtype
     total = counts + added
@@ -295,13 +299,16 @@ def _merge(means: Means, first: Integers, second: Integers, stays: Integers) -> 
     difference = means.keys.take(second, axis=0) - means.keys.take(first, axis=0)
     apart = band_means(difference * difference)
     place = np.searchsorted(stays, first)
-    merged = means.each(lambda x: x.take(stays, axis=0))
+    if room is None:
+        merged = means.each(lambda x: x.take(stays, axis=0))
+    else:
+        merged = means.with_each(room, lambda x, to: x.take(stays, axis=0, out=to[: stays.size], mode="clip"))
     merged.keys[place] += difference * share
     merged.values[place] += (means.values[second] - means.values[first]) * share
     merged.counts[place] = total
     # The parallel-axis rule.
     merged.spread[place] += share * (means.spread[second] - means.spread[first] + (1 - share) * apart)
     merged.importance[place] += means.importance[second]
-    if means.nearest is None:
-        return merged
-    return replace(merged, nearest=_renumbered(merged.nearest, stays, means.counts.size))
+    if merged.nearest is not None:
+        merged.nearest[:] = _renumbered(merged.nearest, stays, means.counts.size)
+    return merged
