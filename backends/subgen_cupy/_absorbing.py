@@ -44,6 +44,7 @@ def collect(device: Device, held: Means, keys: Array, values: Array, leave: int,
     (keys, key_step), (values, value_step) = map(device.streams, (keys, values))
     counts, spread, importance = map(device.packed, (held.counts, held.spread, held.importance))
     leaders = None if held.leaders is None else device.packed(held.leaders)
+    nearest = None if held.nearest is None else device.packed(held.nearest, "int32")
     pool = Means(
         keys=device.empty((streams, places, head_dim), "float32"),
         values=device.empty((streams, places, value_dim), "float32"),
@@ -51,12 +52,14 @@ def collect(device: Device, held: Means, keys: Array, values: Array, leave: int,
         spread=device.empty((streams, places, bands), "float32"),
         importance=device.empty((streams, places), "float32"),
         leaders=None if leaders is None else device.empty((streams, places, head_dim), stored),
+        nearest=None if nearest is None else device.empty((streams, places), "int32"),
     )
     sums = device.empty((streams, chunks, head_dim), "float32")
     lengths, away = device.empty((streams, rows), "float32"), device.empty((streams, rows), "float32")
     norms, value_scale = device.empty((streams, window), "float32"), device.empty((streams,), "float32")
     arguments = [
-        *(address(device, x) for x in (held_keys, held_values, counts, spread, importance, leaders, keys, values)),
+        *(address(device, x) for x in (held_keys, held_values, counts, spread, importance, leaders, nearest)),
+        *(address(device, x) for x in (keys, values)),
         *(i64(step) for step in (held_key_step, held_value_step, key_step, value_step)),
         *(i32(x) for x in (clusters, window, leave, head_dim, value_dim, bands)),
         *(address(device, x) for x in (*pool.arrays(), sums, lengths, norms)),

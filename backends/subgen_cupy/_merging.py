@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from subgen.merging import Means
 
 from ._launch import MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, i32, i64
@@ -40,8 +42,9 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
     Returns
     -------
     costs : float32 array, shape (streams, n, n)
+        With their sign set where a pair is not compared.
     nearest : int64 array, shape (streams, n)
-        The bits of the cost, then in the lower half the index.
+        The bits of the cost, then in the lower half the index; among those it is compared with.
     """
     streams, n, head_dim = means.keys.shape
     value_dim = means.values.shape[-1]
@@ -75,7 +78,7 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
     costs = device.empty((streams, n, n), "float32")
     tiles = ceil_div(n, _PAIR_TILE)
     arguments = [
-        *(address(device, x) for x in (mapped, points, norms, means.counts, means.importance)),
+        *(address(device, x) for x in (mapped, points, norms, means.counts, means.importance, means.nearest)),
         *(i32(x) for x in (n, width)),
         *(address(device, x) for x in (costs, nearest)),
     ]
@@ -87,11 +90,12 @@ def match(
     device: Device,
     costs: tuple[Array, Array] | None,
     counts: Array,
+    remembered: Array | None,
     most: int,
     places: int,
     moved: Array,
     first: bool,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """Choose pairs as `subgen.merging` does and say which clusters each place of the result comes from.
 
     Parameters
@@ -100,6 +104,8 @@ def match(
     costs : (float32 array, int64 array), or None
         As `ward_costs` gives them. None if ``most`` is at least n: then clusters only close up.
     counts : int32 array, shape (streams, n)
+    remembered : int32 array, shape (streams, n), or None
+        The nearest others that clusters remember; see `subgen.merging.Means`.
     most : int
         Pairs merge until this many clusters are left, or there are no more pairs.
     places : int
@@ -113,32 +119,36 @@ def match(
     -------
     source, other : int32 arrays, shape (streams, places)
         The first and the second of each pair; ``other`` is -1 for a cluster alone, -2 for a free place.
+    nearest : int32 array, shape (streams, places), or None
+        What the result remembers.
     """
     streams, n = counts.shape
     of_pairs, nearest = (None, None) if costs is None else costs
     source, other = device.empty((streams, places), "int32"), device.empty((streams, places), "int32")
+    new_nearest = None if remembered is None else device.empty((streams, places), "int32")
     arguments = [
-        *(address(device, x) for x in (of_pairs, counts, nearest)),
+        *(address(device, x) for x in (of_pairs, counts, nearest, remembered)),
         *(i32(x) for x in (n, most, places, moved.shape[1], first)),
-        *(address(device, x) for x in (source, other, moved)),
+        *(address(device, x) for x in (source, other, new_nearest, moved)),
     ]
     device.run(Launch(MERGING, "match_pairs", streams, _MATCH_THREADS, arguments, shared=_match_shared(n)))
-    return source, other
+    return source, other, new_nearest
 
 
-def merge(device: Device, means: Means, source: Array, other: Array) -> Means:
-    """Merge the pairs of `match` into new arrays with a place for each."""
+def merge(device: Device, means: Means, source: Array, other: Array, nearest: Array | None) -> Means:
+    """Merge the pairs of `match` into new arrays with a place for each; ``nearest`` is that of the result."""
     streams, n, head_dim = means.keys.shape
     places, value_dim, bands = source.shape[1], means.values.shape[-1], means.spread.shape[-1]
+    means = replace(means, nearest=None)
     new = means.each(lambda x: device.empty((streams, places, *x.shape[2:]), element(x.dtype)))
     halves = 0 if means.leaders is None else head_dim * means.leaders.dtype.itemsize // 2
     arguments = [
-        *(address(device, x) for x in (*means.arrays(), source, other)),
+        *(address(device, x) for x in (*means.arrays()[:-1], source, other)),
         *(i32(x) for x in (n, places, head_dim, value_dim, bands, halves)),
-        *(address(device, x) for x in new.arrays()),
+        *(address(device, x) for x in new.arrays()[:-1]),
     ]
     device.run(Launch(MERGING, "merge_pairs", streams * places, 128, arguments))
-    return new
+    return replace(new, nearest=nearest)
 
 
 def packed(device: Device, means: Means) -> Means:
@@ -150,6 +160,7 @@ def packed(device: Device, means: Means) -> Means:
         spread=device.packed(means.spread, "float32"),
         importance=device.packed(means.importance, "float32"),
         leaders=None if means.leaders is None else device.packed(means.leaders),
+        nearest=None if means.nearest is None else device.packed(means.nearest, "int32"),
     )
 
 
@@ -185,7 +196,7 @@ def shrink(
         bound -= bound // 2
         last = bound <= most
         left = places if last else max(bound, places)
-        means = merge(device, means, *match(device, costs, means.counts, most, left, moved, first))
+        means = merge(device, means, *match(device, costs, means.counts, means.nearest, most, left, moved, first))
         if last:
             return means, moved
         first = False

@@ -42,11 +42,12 @@ __device__ __forceinline__ void add_direction(const T* key, float length, float 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values, const int* __restrict__ held_counts,
        const ELEMENT* __restrict__ held_spread, const ELEMENT* __restrict__ held_importance,
-       const ELEMENT* __restrict__ held_leaders, const ELEMENT* __restrict__ window_keys,
-       const ELEMENT* __restrict__ window_values, long long held_key_step, long long held_value_step,
-       long long key_step, long long value_step, int clusters, int window, int leave, int head_dim, int value_dim,
-       int bands, float* __restrict__ keys, float* __restrict__ values, int* __restrict__ counts,
-       float* __restrict__ spread, float* __restrict__ importance, ELEMENT* __restrict__ leaders,
+       const ELEMENT* __restrict__ held_leaders, const int* __restrict__ held_nearest,
+       const ELEMENT* __restrict__ window_keys, const ELEMENT* __restrict__ window_values,
+       long long held_key_step, long long held_value_step, long long key_step, long long value_step, int clusters,
+       int window, int leave, int head_dim, int value_dim, int bands, float* __restrict__ keys,
+       float* __restrict__ values, int* __restrict__ counts, float* __restrict__ spread,
+       float* __restrict__ importance, ELEMENT* __restrict__ leaders, int* __restrict__ nearest,
        float* __restrict__ sums, float* __restrict__ lengths, float* __restrict__ norms) {
   extern __shared__ float directions[];  // WARPS x head_dim
   const int rows = clusters + window, chunks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, places = clusters + leave;
@@ -74,6 +75,7 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
       if (lane == 0) {
         counts[place] = count;
         importance[place] = widen(held_importance[cluster]);
+        if (nearest) nearest[place] = held_nearest[cluster];
       }
     } else {
       const int token = row - clusters;
@@ -86,7 +88,10 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
       if (merges) {
         for (int d = lane; leaders && d < head_dim; d += 32) leaders[place * head_dim + d] = key[d];
         for (int b = lane; b < bands; b += 32) spread[place * bands + b] = 0.0f;
-        if (lane == 0) counts[place] = 1;
+        if (lane == 0) {
+          counts[place] = 1;
+          if (nearest) nearest[place] = -1;
+        }
       }
     }
     if (lane == 0) lengths[stream * rows + row] = length;

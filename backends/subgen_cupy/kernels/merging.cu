@@ -6,11 +6,16 @@
 //     other of each cluster. CuPy has matrix products too, but refuses them while a graph is recorded.
 // `match_pairs`: rounds of mutual nearest neighbours, a block of threads per stream. Costs stay as they are, so a
 //     nearest other is looked for again only where it was taken.
-//     Says where each place of the result comes from, and where each cluster of before the first pass went.
+//     Says where each place of the result comes from, where each cluster of before the first pass went, and which
+//     other is nearest to those that did not merge.
 // `merge_pairs`: writes the merged clusters, those that live first, in their order.
 //
 // Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero. Points have
 // `width` numbers, a multiple of 32, zeros at the end.
+//
+// Where clusters remember their nearest others, two are compared if one is new, that is, remembers none, or if one
+// remembers the other. The cost of a pair that is not compared has its sign set: as an integer it is beyond infinity,
+// and it is at hand for a stream whose compared pairs are too few.
 
 constexpr int TILE = 32;
 constexpr int WARPS = 8;
@@ -177,12 +182,13 @@ __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
 }
 
 // A block takes a tile of pairs on or above the diagonal and writes its mirror image too: costs are symmetric to the
-// last bit, as mutual neighbours need. Of each cluster the nearest other, packed: the bits of the cost, then the
-// index, so that the least of these integers is the first of the least costs.
+// last bit, as mutual neighbours need. Of each cluster the nearest other it is compared with, packed: the bits of the
+// cost, then the index, so that the least of these integers is the first of the least costs.
 extern "C" __global__ void __launch_bounds__(PAIR_THREADS, 4)
 pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, const float* __restrict__ norms,
-           const int* __restrict__ counts, const float* __restrict__ importance, int n, int width,
-           float* __restrict__ costs, unsigned long long* __restrict__ nearest) {
+           const int* __restrict__ counts, const float* __restrict__ importance,
+           const int* __restrict__ remembered, int n, int width, float* __restrict__ costs,
+           unsigned long long* __restrict__ nearest) {
   __shared__ __align__(16) float shared[2 * PAIR_TILE * STRIDE];
   float* rows = shared;                           // PAIR_TILE x STRIDE
   float* columns = shared + PAIR_TILE * STRIDE;   // PAIR_TILE x STRIDE
@@ -197,6 +203,7 @@ pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, c
   norms += stream * n;
   counts += stream * n;
   importance += stream * n;
+  if (remembered) remembered += stream * n;
   costs += stream * n * n;
   nearest += stream * n;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -256,6 +263,10 @@ pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, c
           const float factor = importance[i] * importance[j] / (sum > 0.0f ? sum : 1.0f);
           // No cost is infinite but where nothing may merge, whatever the keys.
           cost = (squared > 0.0f ? fminf(squared, 1.8446743e19f) : 0.0f) * factor;
+          if (remembered) {
+            const int a = remembered[i], b = remembered[j];
+            if (a >= 0 && b >= 0 && a != j && b != i) cost = -cost;
+          }
         }
         shared[r * COST_STRIDE + s] = cost;
       }
@@ -280,30 +291,37 @@ pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, c
     }
 }
 
-// The first of the least numbers of a row, among columns that are open; the first column where there is none.
-__device__ __forceinline__ void row_argmin(const float* row, const unsigned char* state, int n, float& least,
-                                           int& index) {
-  least = infinity();
+// The first of the least costs of a row, among columns that are open; the first column where there is none. Bits of a
+// cost are compared, those of the mask.
+__device__ __forceinline__ void row_argmin(const float* row, const unsigned char* state, int n, unsigned mask,
+                                           float& least, int& index) {
+  unsigned least_bits = (unsigned)__float_as_int(infinity());
   index = n;
 #pragma unroll 8
   for (int j = threadIdx.x % 32; j < n; j += 32) {
-    const float cost = row[j];
-    if (cost < least && state[j] == OPEN) {
-      least = cost;
+    const unsigned bits = (unsigned)__float_as_int(row[j]) & mask;
+    if (bits < least_bits && state[j] == OPEN) {
+      least_bits = bits;
       index = j;
     }
   }
-  warp_argmin(least, index);
+  warp_argmin(least_bits, index);
+  least = __int_as_float((int)least_bits);
   if (index == n) index = 0;
 }
 
 // Chooses pairs until the surplus over `most` is used or none is left, and says where every cluster goes: place p of
 // the result comes from source[p], merged with other[p]; -1 is alone, -2 is a free place. `moved` follows the `given`
 // places of before the first pass. Costs and nearest others are not read where there is no surplus.
+//
+// With `remembered`, `new_nearest` is for those in no pair the nearest other in no pair, and where there is no surplus
+// what they remember. When no compared pair is left and the surplus is not used, all others count as compared: a
+// matching halves what there is if it must, whatever is remembered, so that the host knows how many passes there are.
 extern "C" __global__ void __launch_bounds__(MATCH_THREADS, 1)
 match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
-            const unsigned long long* __restrict__ nearest, int n, int most, int places, int given, int first_pass,
-            int* __restrict__ source, int* __restrict__ other, long long* __restrict__ moved) {
+            const unsigned long long* __restrict__ nearest, const int* __restrict__ remembered, int n, int most,
+            int places, int given, int first_pass, int* __restrict__ source, int* __restrict__ other,
+            int* __restrict__ new_nearest, long long* __restrict__ moved) {
   extern __shared__ int dynamic[];
   int* partner = dynamic;                                                // n
   float* cost = reinterpret_cast<float*>(dynamic + n);                   // n
@@ -330,17 +348,21 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
     if (surplus > 0) {
       partner[i] = (int)(unsigned)nearest[stream * n + i];
       cost[i] = __int_as_float((int)(nearest[stream * n + i] >> 32));
+    } else if (remembered) {
+      partner[i] = remembered[stream * n + i];
     }
     state[i] = OPEN;
   }
   __syncthreads();  // partner, cost, state; everyone has read found
 
-  while (surplus > 0) {
+  const bool chooses = surplus > 0;
+  bool every = false;  // whether pairs count that are not compared: their sign does not, then
+  while (chooses) {
     for (int i = warp; i < n; i += MATCH_WARPS) {
-      if (state[i] != OPEN || cost[i] == infinity() || state[partner[i]] == OPEN) continue;
+      if (state[i] != OPEN || (cost[i] < infinity() ? state[partner[i]] == OPEN : !every)) continue;
       float least;
       int index;
-      row_argmin(costs + (long long)i * n, state, n, least, index);
+      row_argmin(costs + (long long)i * n, state, n, every ? 0x7fffffffu : 0xffffffffu, least, index);
       if (lane == 0) {
         partner[i] = index;
         cost[i] = least;
@@ -348,12 +370,14 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
     }
     if (thread == 0) found = 0;
     __syncthreads();  // partner, cost, found
+    if (surplus == 0) break;
     for (int i = thread; i < n; i += MATCH_THREADS)
       if (state[i] == OPEN && cost[i] < infinity() && i < partner[i] && partner[partner[i]] == i)
         pairs[atomicAdd(&found, 1)] = i;
     __syncthreads();  // pairs, found
     const int candidates = found;
-    if (!candidates) break;
+    if (!candidates && (every || !remembered)) break;
+    every |= !candidates;
     for (int p = thread; p < candidates; p += MATCH_THREADS) {
       const int i = pairs[p];
       int rank = 0;
@@ -370,6 +394,7 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
     }
     surplus -= min(candidates, surplus);
     __syncthreads();  // state; everyone has read found and pairs
+    if (surplus == 0 && !remembered) break;  // or those that are left look for their nearest others
   }
 
   // Places of the clusters: those that live to the front, in their order.
@@ -377,7 +402,10 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
   const int share = (n + MATCH_THREADS - 1) / MATCH_THREADS;
   const int begin = min(n, thread * share), end = min(n, begin + share);
   int own = 0;
-  for (int i = begin; i < end; i++) own += counts[i] > 0 && state[i] != GOES;
+  for (int i = begin; i < end; i++) {
+    own += counts[i] > 0 && state[i] != GOES;
+    if (chooses && state[i] == OPEN && cost[i] == infinity()) partner[i] = -1;
+  }
   int upto = own;
   for (int step = 1; step < 32; step *= 2) {
     const int left = __shfl_up_sync(EVERY_LANE, upto, step);
@@ -410,6 +438,12 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
       const long long passed = first_pass ? i : live + i - at;
       moved[i] = all + i - (passed < n ? ahead[passed] : all);
     }
+  }
+  if (!remembered) return;
+  const auto place_of = [&](int i) { return counts[i] > 0 && state[i] != GOES ? ahead[i] : all + i - ahead[i]; };
+  for (int i = thread; i < n; i += MATCH_THREADS) {
+    const int to = place_of(i), found_for = state[i] == OPEN && partner[i] >= 0 ? place_of(partner[i]) : -1;
+    if (to < places) new_nearest[stream * places + to] = found_for;
   }
 }
 
