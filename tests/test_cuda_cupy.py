@@ -7,6 +7,7 @@ import ctypes
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import cuda_emulation
@@ -196,17 +197,23 @@ def test_the_kernel_attends_where_every_row_sees_every_pair(
 
 
 @pytest.mark.usefixtures("cupy")
+@pytest.mark.parametrize("remember", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_merging_by_kernels_and_in_float64_by_the_portable_code(dtype: str) -> None:
+def test_merging_by_kernels_and_in_float64_by_the_portable_code(dtype: str, remember: bool) -> None:
     rng = np.random.default_rng(1)
     half = rng.integers(-3, 4, size=(1, 16, 8))
     keys = np.concatenate([half, -half], axis=1).astype(dtype)
     zero, counts = np.zeros((1, 32, 4), dtype=dtype), np.ones((1, 32), dtype=np.int32)
     means = Means(keys, np.zeros_like(keys), counts, zero, np.ones((1, 32), dtype=dtype), keys.astype(np.float16))
+    if remember:  # another, but for the last, which are new and as many as twice those that go
+        nearest = (np.arange(32) * 5 + 4) % 9
+        nearest[8:] = -1
+        means = replace(means, nearest=nearest[None].astype(np.int32))
     scale = np.ones(1, dtype=dtype)
     before, operation = RawModule.made, subgen_cupy.BACKEND.operations["merge_closest"]
     put = on_device if dtype == "float32" else np.array
-    got, moved = operation(means.each(put), None, put(scale), 20, 20)
+    given = means.each(put)
+    got, moved = operation(given, None, put(scale), 20, 20)
     assert RawModule.made == before + (dtype == "float32")
     expected, expected_moved = PORTABLE["merge_closest"](means, None, scale, 20, 20)
     for mine, portable in [
@@ -217,6 +224,36 @@ def test_merging_by_kernels_and_in_float64_by_the_portable_code(dtype: str) -> N
     ]:
         assert mine.dtype == portable.dtype
         np.testing.assert_array_equal(mine, portable)
+    assert (got.nearest is None) == (expected.nearest is None) == (not remember)
+    if remember:
+        assert got.nearest.dtype == np.int32
+        np.testing.assert_array_equal(got.nearest, expected.nearest)
+    for mine, before in zip(given.arrays(), means.arrays(), strict=True):
+        np.testing.assert_array_equal(mine, before)  # nothing was written into
+
+
+@pytest.mark.usefixtures("cupy")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("remember", [False, True])
+def test_tokens_are_collected_by_kernels_and_in_float64_by_the_portable_code(dtype: str, remember: bool) -> None:
+    rng = np.random.default_rng(3)
+    keys, values = rng.normal(size=(2, 1, 12, 8)).astype(dtype)
+    held = Means(*(rng.normal(size=(2, 1, 5, 8)).astype(dtype)), np.ones((1, 5), np.int32), *(
+        np.ones(shape, dtype) for shape in ((1, 5, 4), (1, 5))
+    ))  # fmt: skip
+    if remember:
+        held = replace(held, nearest=np.array([[1, -1, 4, 0, 2]], np.int32))
+    before, operation = RawModule.made, subgen_cupy.BACKEND.operations["collect"]
+    put = on_device if dtype == "float32" else np.array
+    pool, scale = operation(held.each(put), put(keys), put(values), 6, 0.5)
+    assert RawModule.made == before + (dtype == "float32")
+    expected, expected_scale = PORTABLE["collect"](held, keys, values, 6, 0.5)
+    np.testing.assert_allclose(scale, expected_scale, rtol=1e-5)
+    for mine, portable in zip(pool.arrays(), expected.arrays(), strict=True):
+        assert (mine is None) == (portable is None)
+        if mine is not None:
+            assert mine.dtype == portable.dtype
+            np.testing.assert_allclose(mine, portable, rtol=2e-4)
 
 
 @pytest.mark.usefixtures("cupy")

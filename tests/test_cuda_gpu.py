@@ -85,16 +85,21 @@ def test_a_token_never_asks_the_host(lab: Lab, storage: Any) -> None:
     assert sketch.n_seen == 262
 
 
+@pytest.mark.parametrize("remember", [False, True])
 @pytest.mark.parametrize("most", [1024, 500])
-def test_merging_never_asks_the_host(lab: Lab, most: int) -> None:
+def test_merging_never_asks_the_host(lab: Lab, most: int, remember: bool) -> None:
     import cupy
 
     rng = np.random.default_rng(3)
     keys, values = rng.normal(size=(2, 2, 1536, 128)).astype(np.float32)
     counts, importance = rng.integers(1, 10, size=(2, 1536)).astype(np.int32), rng.random((2, 1536), dtype=np.float32)
     spread, leaders = rng.random((2, 1536, 4), dtype=np.float32), keys.astype(np.float16)
+    nearest = None
+    if remember:
+        nearest = (np.arange(1536, dtype=np.int32) + rng.integers(1, 1024, size=(2, 1536)).astype(np.int32)) % 1024
+        nearest[:, 1024:] = -1
     means, scale = (
-        Means(keys, values, counts, spread, importance, leaders).each(lab.put),
+        Means(keys, values, counts, spread, importance, leaders, nearest).each(lab.put),
         lab.put(np.ones(2, np.float32)),
     )
     metric = lab.put(np.tile(np.eye(128, dtype=np.float32), (2, 1, 1)))
@@ -108,26 +113,41 @@ def test_merging_never_asks_the_host(lab: Lab, most: int) -> None:
     for s in range(2):
         np.add.at(members[s], moved[s], counts[s])
     np.testing.assert_array_equal(merged.counts, members)
+    if not remember:
+        assert merged.nearest is None
+        return
+    # Whom clusters remember is data: a replay that is to compare all anew finds -1 there.
+    means.nearest.fill(-1)  # type: ignore[union-attr]
+    replay()
+    cupy.cuda.Device().synchronize()
+    eager, eager_moved = BACKEND.operations["merge_closest"](means, metric, scale, most, most)
+    for mine, now in zip((*result[0].arrays(), result[1]), (*eager.arrays(), eager_moved), strict=True):
+        np.testing.assert_array_equal(lab.get(mine), lab.get(now))
+    assert (lab.get(eager_moved) != moved).any()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("storage", ["input", "int8"])
-def test_a_block_is_absorbed_without_asking_the_host(lab: Lab, dtype: str, asked: bool, storage: Any) -> None:
+# Of the second block, which is recorded: new clusters alone are compared with all, or all anew, as every eighth time.
+@pytest.mark.parametrize("before", [300, 268])
+def test_a_block_is_absorbed_without_asking_the_host(
+    lab: Lab, dtype: str, asked: bool, storage: Any, before: int
+) -> None:
     import cupy
 
     rng = np.random.default_rng(5)
     queries, keys, values = (lab.put(rng.normal(size=(heads, 300, 64)).astype(DTYPES[dtype])) for heads in (8, 2, 2))
     sketch = subgen.AttentionSketch(max_clusters=64, window=64, storage=storage, check_finite=False)
-    sketch.update(keys, values, queries if asked else None)
+    sketch.update(*(x[:, :before] for x in (keys, values)), queries[:, :before] if asked else None)
     block = [x[:, :32] for x in (keys, values, queries)]
     # A question to the host while a graph is recorded is an error; each time half a window leaves.
     replay, _ = capture(lambda: sketch.update(*block[: 2 + asked]))
     replay()
     cupy.cuda.Device().synchronize()
     state: Any = sketch.state
-    assert sketch.n_seen == 364
-    assert lab.get(state.counts).sum(axis=1).tolist() == [364 - state.n_exact] * 2
+    assert sketch.n_seen == before + 64
+    assert lab.get(state.counts).sum(axis=1).tolist() == [before + 64 - state.n_exact] * 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

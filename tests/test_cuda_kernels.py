@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,14 +245,19 @@ def test_leaders_decide_as_the_portable_rule(
 # Merging
 
 
-def means_case(rng: np.random.Generator, streams: int, n: int, head_dim: int, value_dim: int) -> Means:
-    """Clusters whose costs are exact in float32: small integers about a mean of zero, weights powers of two."""
+def means_case(
+    rng: np.random.Generator, streams: int, n: int, head_dim: int, value_dim: int, free: Sequence[float] = (0.1,)
+) -> Means:
+    """Clusters whose costs are exact in float32: small integers about a mean of zero, weights powers of two.
+
+    A share of the places of each stream is free.
+    """
     half = n // 2
     keys = rng.integers(-3, 4, size=(streams, half, head_dim))
     keys = np.concatenate([keys, -keys, np.zeros((streams, n - 2 * half, head_dim))], axis=1)
     counts = 2.0 ** rng.integers(0, 3, size=(streams, half))
     counts = np.concatenate([counts, counts, np.ones((streams, n - 2 * half))], axis=1)
-    dead = rng.random((streams, half)) < 0.1
+    dead = rng.random((streams, half)) < np.array(free)[:, None]
     counts = np.where(np.concatenate([dead, dead, np.zeros((streams, n - 2 * half), bool)], axis=1), 0.0, counts)
     values = rng.integers(-3, 4, size=(streams, n, value_dim))
     spread = rng.integers(0, 4, size=(streams, n, merging.bands(head_dim)))
@@ -262,36 +268,58 @@ def means_case(rng: np.random.Generator, streams: int, n: int, head_dim: int, va
     return replace(means, counts=means.counts.astype(np.int32))
 
 
-def rounds_of_mutual_neighbours(costs: np.ndarray, surplus: int) -> dict[int, int]:
-    """Second of each pair by its first: the matching of one stream, written out."""
+def remembering(rng: np.random.Generator, counts: np.ndarray, new: float) -> np.ndarray:
+    """Some other that lives for each cluster to remember, but for a share of them, which are new."""
+    nearest = np.full(counts.shape, -1, np.int32)
+    for row, live in zip(nearest, counts > 0, strict=True):
+        places = np.flatnonzero(live)
+        for i in places if len(places) > 1 else ():
+            row[i] = -1 if rng.random() < new else rng.choice(places[places != i])
+    return nearest
+
+
+def rounds_of_mutual_neighbours(
+    costs: np.ndarray, surplus: int, compared: np.ndarray | None = None
+) -> tuple[dict[int, int], list[int]]:
+    """Second of each pair by its first, and the nearest of those in no pair: the matching of a stream, written out."""
     pairs: dict[int, int] = {}
     free = [True] * len(costs)
-    while surplus > 0:
-        masked = np.where(np.array(free)[None, :], costs, np.inf)
+    every = compared is None
+    while True:
+        masked = np.where(np.array(free)[None, :] & (every or compared), costs, np.inf)
         nearest = [int(np.argmin(row)) for row in masked]
+        if surplus <= 0:
+            break
         round_ = [
             (masked[i, j], i, j)
             for i, j in enumerate(nearest)
             if free[i] and i < j and nearest[j] == i and masked[i, j] < np.inf
         ]
         if not round_:
-            break
+            if every:
+                break
+            every = True  # too few are compared
         for _, i, j in sorted(round_)[:surplus]:
             pairs[i] = j
             free[i] = free[j] = False
         surplus -= min(surplus, len(round_))
-    return pairs
+    return pairs, [j if free[i] and masked[i, j] < np.inf else -1 for i, j in enumerate(nearest)]
 
 
 def packed_nearest(costs: np.ndarray) -> np.ndarray:
-    """The first of the least costs of each cluster: its bits, then its index."""
+    """The first of the least costs of each cluster among those it is compared with: its bits, then its index."""
+    costs = np.where(np.signbit(costs), np.float32(np.inf), costs)
     bits = costs.min(axis=2).view(np.int32).astype(np.int64)
     return bits << 32 | np.argmin(costs, axis=2)
 
 
+# The share of clusters that are new, if they remember their nearest others. With none, pairs run out.
+@pytest.mark.parametrize("new", [None, 0.3, 0.0])
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "most"), [(1, 1), (2, 1), (37, 30), (64, 20), (100, 60), (150, 149), (33, 40), (40, 1)])
-def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most: int, seed: int) -> None:
+def test_pairs_are_matched_as_written_out_with_many_ties(
+    lab: Lab, n: int, most: int, seed: int, new: float | None
+) -> None:
     lab = lab.seeded(seed)
     rng = np.random.default_rng(seed)
     streams = 2
@@ -300,14 +328,22 @@ def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most:
     counts = (rng.random((streams, n)) < 0.9).astype(np.int32)
     possible = (counts[:, :, None] > 0) & (counts[:, None, :] > 0) & ~np.eye(n, dtype=bool)
     costs[~possible] = np.inf
+    remembered = compared = None
+    given = costs
+    if new is not None:
+        remembered = remembering(rng, counts, new)
+        compared = merging._compared(remembered)
+        given = np.where(compared | ~possible, costs, -costs)
     places = min(n, most + 3)
     moved = lab.put(np.full((streams, n), -1))
-    given = lab.put(costs), lab.put(packed_nearest(costs))
-    matched = _merging.match(lab.device, given, lab.put(counts), most, places, moved, True)
-    source, other, moved = map(lab.get, (*matched, moved))
+    of_pairs = lab.put(given), lab.put(packed_nearest(given))
+    before = None if remembered is None else lab.put(remembered)
+    matched = _merging.match(lab.device, of_pairs, lab.put(counts), before, most, places, moved, True)
+    source, other, moved = map(lab.get, (*matched[:2], moved))
+    assert (matched[2] is None) == (new is None)
     for s in range(streams):
         live = [i for i in range(n) if counts[s, i] > 0]
-        pairs = rounds_of_mutual_neighbours(costs[s], len(live) - most)
+        pairs, left = rounds_of_mutual_neighbours(costs[s], len(live) - most, None if compared is None else compared[s])
         gone = set(pairs.values())
         kept = [i for i in live if i not in gone]
         expected = [(i, pairs.get(i, -1)) for i in kept] + [(i, -2) for i in range(n) if i not in kept]
@@ -315,19 +351,32 @@ def test_pairs_are_matched_as_written_out_with_many_ties(lab: Lab, n: int, most:
         place = {i: p for p, (i, _) in enumerate(expected)}
         place |= {j: place[i] for i, j in pairs.items()}
         assert moved[s].tolist() == [place[i] for i in range(n)]
+        if remembered is not None:
+            if len(live) <= most:
+                left = remembered[s].tolist()
+            nearest = [-1 if left[i] < 0 else place[left[i]] for i, _ in expected]
+            assert lab.get(matched[2])[s].tolist() == nearest[:places]
 
 
+@pytest.mark.parametrize("new", [None, 0.2])
 @pytest.mark.parametrize(("n", "head_dim", "value_dim"), [(1, 8, 8), (31, 8, 3), (70, 64, 64)])
-def test_costs_equal_the_portable_ones_to_the_last_bit(lab: Lab, n: int, head_dim: int, value_dim: int) -> None:
+def test_costs_equal_the_portable_ones_to_the_last_bit(
+    lab: Lab, n: int, head_dim: int, value_dim: int, new: float | None
+) -> None:
     rng = np.random.default_rng(8)
     means = means_case(rng, 2, n, head_dim, value_dim)
     value_scale = np.float32([0.5, 2.0])
     root = rng.integers(-1, 2, size=(2, head_dim, head_dim)).astype(np.float32)
+    compared = np.ones((2, n, n), bool)
+    if new is not None:
+        means = replace(means, nearest=remembering(rng, means.counts, new))
+        compared = merging._compared(means.nearest)
     for metric in (None, root @ root.swapaxes(1, 2)):
         given = None if metric is None else lab.put(metric)
         costs, nearest = _merging.ward_costs(lab.device, means.each(lab.put), given, lab.put(value_scale))
-        got = lab.get(costs)
-        np.testing.assert_array_equal(got, merging.ward_costs(means, metric, value_scale))
+        got, expected = lab.get(costs), merging.ward_costs(means, metric, value_scale)
+        np.testing.assert_array_equal(abs(got), expected)
+        np.testing.assert_array_equal(np.signbit(got), ~compared & np.isfinite(expected))
         np.testing.assert_array_equal(got, got.swapaxes(1, 2))
         np.testing.assert_array_equal(lab.get(nearest), packed_nearest(got))
 
@@ -359,10 +408,12 @@ def test_no_cost_is_infinite_but_where_nothing_may_merge(lab: Lab) -> None:
     np.testing.assert_array_equal(np.isfinite(lab.get(costs)[0]), possible)
 
 
+@pytest.mark.parametrize("new", [None, 1.0, 0.6])
 @pytest.mark.parametrize(
     ("n", "most", "places", "head_dim", "value_dim", "dtype"),
     [
         (40, 30, 30, 8, 8, "float16"),
+        (200, 160, 160, 4, 4, None),
         (65, 20, 25, 64, 64, "bfloat16"),
         (65, 20, 50, 8, 8, None),
         (90, 10, 10, 80, 3, "float32"),
@@ -372,11 +423,17 @@ def test_no_cost_is_infinite_but_where_nothing_may_merge(lab: Lab) -> None:
     ],
 )
 def test_merging_ends_as_the_portable_merging(
-    lab: Lab, n: int, most: int, places: int, head_dim: int, value_dim: int, dtype: str | None
+    lab: Lab, n: int, most: int, places: int, head_dim: int, value_dim: int, dtype: str | None, new: float | None
 ) -> None:
     lab = lab.seeded(n)
     rng = np.random.default_rng(n)
-    means = means_case(rng, 3, n, head_dim, value_dim)
+    # Streams from which much, little and nothing has to go, by the shares of free places.
+    means = means_case(rng, 3, n, head_dim, value_dim, (0.1,) if new is None else (0.0, 0.4, 0.8))
+    if new is not None:
+        means = replace(means, nearest=remembering(rng, means.counts, new))
+        # All are compared where more than half must go: there, too few remember each other.
+        live = (means.counts > 0).sum(axis=1)
+        means.nearest[live - most > live // 2] = -1
     if dtype is not None:
         means = replace(means, leaders=rng.normal(size=means.keys.shape).astype(DTYPES[dtype]))
     value_scale = np.float32([1.0, 2.0, 0.5])
@@ -391,6 +448,11 @@ def test_merging_ends_as_the_portable_merging(
     np.testing.assert_array_equal(got.counts, expected.counts)
     for name in ("keys", "values", "spread", "importance"):
         np.testing.assert_allclose(getattr(got, name)[live], getattr(expected, name)[live], err_msg=name, **TOLERANCE)
+    if new is None:
+        assert got.nearest is None
+    else:
+        assert got.nearest.dtype == np.int32
+        np.testing.assert_array_equal(got.nearest, expected.nearest)
     if dtype is None:
         assert got.leaders is None
     else:
@@ -401,11 +463,31 @@ def test_merging_ends_as_the_portable_merging(
 
 def test_where_nothing_has_to_merge_the_clusters_only_close_up() -> None:
     lab = cuda_labs.emulation()
-    means = means_case(np.random.default_rng(3), 2, 50, 8, 8)
+    rng = np.random.default_rng(3)
+    means = means_case(rng, 2, 50, 8, 8)
+    means = replace(means, nearest=remembering(rng, means.counts, 0.3))
     got, moved = _merging.shrink(lab.device, means, None, np.ones(2, np.float32), 50, 50)
     assert [launch.kernel for launch in lab.device.launches] == ["match_pairs", "merge_pairs"]  # type: ignore[attr-defined]
     for s in range(2):
         np.testing.assert_array_equal(got.keys[s][moved[s]], means.keys[s])
+        nearest = means.nearest[s]
+        np.testing.assert_array_equal(got.nearest[s][moved[s]], np.where(nearest < 0, -1, moved[s][nearest]))
+
+
+def test_as_many_merge_as_must_where_too_few_are_compared(lab: Lab) -> None:
+    """All remember one, which merges once: the host knows the number of passes whatever is remembered."""
+    rng = np.random.default_rng(6)
+    means = means_case(rng, 2, 90, 8, 8)
+    means = replace(means, counts=np.ones_like(means.counts), nearest=np.full((2, 90), 7, np.int32))
+    means.nearest[:, 7] = 30
+    for most in (89, 50, 20):
+        got, moved = _merging.shrink(lab.device, means.each(lab.put), None, lab.put(np.ones(2, np.float32)), most, most)
+        counts = lab.get(got.counts)
+        assert (counts > 0).all()
+        for s in range(2):
+            np.testing.assert_array_equal(np.bincount(lab.get(moved)[s], minlength=most), counts[s])
+        nearest = lab.get(got.nearest)
+        assert ((nearest < most) & (nearest != np.arange(most))).all()
 
 
 @pytest.mark.parametrize("metric", ["none", "full"])
@@ -459,6 +541,7 @@ def stored_case(rng: np.random.Generator, clusters: int, n: int, dims: tuple[int
         spread=abs(draw(stored, clusters, merging.bands(dims[0]))),
         importance=abs(draw(stored, clusters)),
         leaders=draw(stored, clusters, dims[0]),
+        nearest=rng.integers(-1, max(clusters, 1), size=(2, clusters)).astype(np.int32),
     )
     return held, draw(stored, n, dims[0]), draw(stored, n, dims[1])
 
@@ -493,9 +576,16 @@ def test_tokens_are_collected_as_by_the_portable_code(
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
     assert got.leaders.dtype == DTYPES[stored]
     np.testing.assert_array_equal(got.leaders.astype(np.float32), expected.leaders)
+    assert got.nearest.dtype == np.int32
+    np.testing.assert_array_equal(got.nearest, expected.nearest)
     # The fourth power of a sum of a few hundred terms of order 1, in another order.
     np.testing.assert_allclose(got.importance, expected.importance, rtol=2e-4)
     np.testing.assert_allclose(lab.get(scale), expected_scale, rtol=1e-5)
+    bare = replace(held, leaders=None, nearest=None).each(lab.put)
+    pool, _ = _absorbing.collect(lab.device, bare, window_keys, window_values, leave, 0.7)
+    assert pool.leaders is None
+    assert pool.nearest is None
+    np.testing.assert_array_equal(lab.get(pool.keys), expected.keys)
 
 
 @pytest.mark.parametrize(("window", "asked", "dim"), [(40, 40, 40), (7, 5, 3), (150, 150, 128), (70, 66, 4)])
@@ -542,7 +632,7 @@ def test_clusters_are_rounded_and_tokens_move_up_as_in_the_portable_code(
     rng = np.random.default_rng(clusters)
     means, keys, values = stored_case(rng, clusters, sink + window, dims, stored, "float32")
     size = 10.0 ** rng.integers(-9, 7, size=(2, clusters, 1))  # from below the smallest float16 to above the largest
-    means = replace(means, keys=means.keys * size, values=means.values * size, leaders=None).each(wide)
+    means = replace(means, keys=means.keys * size, values=means.values * size, leaders=None, nearest=None).each(wide)
     means = replace(means, keys=between(means.keys, stored), values=between(means.values, stored))
     queries = Codes(
         rng.integers(-127, 128, size=(2, window, dims[0])).astype(np.int8), rng.random((2, window), np.float32)
@@ -616,6 +706,29 @@ def test_a_block_is_absorbed_in_eleven_launches(monkeypatch: pytest.MonkeyPatch,
     assert len(absorbed) == 11
 
 
+def test_new_clusters_alone_are_compared_with_all_but_every_eighth_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = cuda_labs.emulation()
+    monkeypatch.setattr(_operations, "device_of", lambda x: lab.device)
+    monkeypatch.setattr(backends, "_resolved", {"numpy": backends.Operations(**BACKEND.operations)})
+    new = []
+
+    def matching(device: Any, costs: Any, counts: Any, remembered: np.ndarray, *rest: Any) -> Any:
+        new.append((remembered < 0).sum(axis=1).tolist())
+        return match(device, costs, counts, remembered, *rest)
+
+    match = _merging.match
+    monkeypatch.setattr(_merging, "match", matching)
+    x = np.random.default_rng(17).normal(size=(2, 18 + 8 * 17 + 1, 8)).astype(np.float32)
+    sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2)
+    sketch.update(x, x, x)
+    # Four blocks of eight fill the clusters and more; of what merged then, each pair is one new cluster.
+    assert len(new) == 18
+    for turn, streams in enumerate(new):
+        most = 24 + 8
+        assert all(count == min(most, 8 * (turn + 1)) if turn < 4 or turn % 8 == 0 else 16 <= count < most
+                   for count in streams)  # fmt: skip
+
+
 # The sketch
 
 
@@ -662,6 +775,16 @@ def test_the_sketch_answers_as_well_as_with_the_portable_code(library: Lab, dtyp
     assert counts.dtype == np.int32
     assert counts.sum(axis=1).tolist() == [130 - state.n_exact] * 2
     assert (counts > 0).sum() == (portable_state.counts > 0).sum()
+    if "delta" in options:
+        assert state.nearest is None
+        return
+    # Those that stayed as they are remember another that lives, some time after all were compared anew.
+    nearest = library.get(state.nearest)
+    assert nearest.dtype == np.int32
+    assert nearest.shape == counts.shape
+    assert ((nearest >= 0).any(axis=1) == (portable_state.nearest >= 0).any(axis=1)).all()
+    assert (nearest != np.arange(counts.shape[1])).all()
+    assert (np.take_along_axis(counts, np.maximum(nearest, 0), axis=1)[nearest >= 0] > 0).all()
 
 
 @pytest.mark.parametrize("storage", ["input", "int8"])
@@ -713,10 +836,10 @@ def test_a_token_in_decoding_copies_no_window(library: Lab) -> None:
     assert after.keys is before.keys
 
 
-# Barriers
+# Mistakes
 
 
-def test_every_barrier_is_needed_and_its_absence_noticed() -> None:
+def test_every_barrier_is_needed_and_every_mistake_noticed() -> None:
     cuda_labs.emulation()
     program = [sys.executable, "-m", "cuda_emulation.mutants"]
     path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -725,7 +848,7 @@ def test_every_barrier_is_needed_and_its_absence_noticed() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert sorted(report) == ["absorbing.cu", "attention.cu", "leaders.cu", "merging.cu"]
-    assert [(file, line) for file, lines in report.items() for line, noticed in lines.items() if not noticed] == []
+    assert [(file, what) for file, mistakes in report.items() for what, seen in mistakes.items() if not seen] == []
 
 
 def test_nothing_is_read_or_written_out_of_bounds() -> None:

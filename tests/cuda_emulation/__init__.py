@@ -100,10 +100,13 @@ class EmulatedDevice:
         Order of blocks and threads; 0 is their natural order.
     removed : int
         Line of a barrier to leave out, -1 for none.
+    edit : (str, str)
+        Text of the kernels, and what to put in its place.
     """
 
     seed: int = 1
     removed: int = -1
+    edit: tuple[str, str] = ("", "")
     multiprocessors: int = 4
     sanitize: bool = False
     launches: list[Launch] = field(default_factory=list)
@@ -134,7 +137,10 @@ class EmulatedDevice:
 
     def run(self, launch: Launch) -> None:
         self.launches.append(launch)
-        function = getattr(library(launch.module.source(), self.sanitize), f"emulated_{launch.kernel}")
+        source = launch.module.source()
+        if self.edit[0]:
+            source = source.replace(*self.edit)
+        function = getattr(library(source, self.sanitize), f"emulated_{launch.kernel}")
         function.restype = ctypes.c_char_p
         cells = [np.array(argument).reshape(1) for argument in launch.arguments]
         pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))

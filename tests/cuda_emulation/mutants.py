@@ -1,6 +1,7 @@
-"""Leaves the barriers of the kernels out, one at a time: `python -m cuda_emulation.mutants` prints what was noticed.
+"""Kernels with a mistake each: `python -m cuda_emulation.mutants` prints which were noticed.
 
-A process for each, since a kernel without a barrier may write anywhere or never end.
+Every barrier is left out in turn, and statements that are easily got wrong are replaced. A process for each, since a
+kernel without a barrier may write anywhere or never end.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,8 @@ from . import EmulatedDevice, EmulationError, barriers
 __all__ = ["main"]
 
 SEEDS = range(1, 9)
-_SECONDS = 20
+# A kernel that never ends is stopped after this, or after so many times what those without a mistake take.
+_SECONDS, _TIMES = 20.0, 3.0
 
 
 def _attend(device: EmulatedDevice) -> list[Any]:
@@ -53,16 +57,31 @@ def _merge(device: EmulatedDevice) -> list[Any]:
     return [costs, nearest, merged.keys, merged.values, merged.counts, merged.spread, merged.importance, moved]
 
 
+def _remember(device: EmulatedDevice) -> list[Any]:
+    """In the first stream a few clusters are new, in the second nothing has to merge, in the third all remember one."""
+    rng = np.random.default_rng(0)
+    keys, values = rng.normal(size=(2, 3, 90, 8)).astype(np.float32)
+    counts, importance = rng.integers(1, 5, size=(3, 90)).astype(np.int32), rng.random((3, 90)).astype(np.float32)
+    counts[0, :4] = counts[0, 64:84] = counts[1, 60:] = counts[1, 7:40:3] = 0
+    known = np.tile((np.arange(90, dtype=np.int32) + 7) % 60, (3, 1))
+    known[:2, 60:], known[2], known[2, 3] = -1, 3, 7
+    known = np.where((counts > 0) & (np.take_along_axis(counts, known, axis=1) > 0), known, -1)
+    means = Means(keys, values, counts, np.zeros((3, 90, 4), np.float32), importance, nearest=known)
+    merged, moved = _merging.shrink(device, means, None, np.ones(3, np.float32), 50, 55)
+    return [merged.keys, merged.counts, merged.nearest, moved]
+
+
 def _absorb(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 2, 80, 40)).astype(np.float32)
     counts, spread = rng.integers(1, 5, size=(2, 50)).astype(np.int32), rng.random((2, 50, 4)).astype(np.float32)
     held = Means(keys[:, :50], values[:, :50], counts, spread, rng.random((2, 50)).astype(np.float32))
+    held = replace(held, nearest=rng.integers(-1, 50, size=(2, 50)).astype(np.int32))
     pool, scale = _absorbing.collect(device, held, keys, values, 30, 1.0)
     codes = rng.integers(-127, 128, size=(2, 150, 40)).astype(np.int8)
     queries = Codes(codes, rng.random((2, 150)).astype(np.float32))
     moments = [_absorbing.query_moment(device, queries, 150), _absorbing.key_moment(device, keys, None)]
-    return [pool.keys, pool.values, pool.counts, pool.spread, pool.importance, scale, *moments]
+    return [pool.keys, pool.values, pool.counts, pool.spread, pool.importance, pool.nearest, scale, *moments]
 
 
 def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
@@ -73,15 +92,38 @@ def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
     yield _merging.MERGING, _merge
 
 
-def noticed(run: Callable[[EmulatedDevice], list[Any]], expected: list[Any], line: int) -> bool:
-    """Whether a kernel without the barrier at a line gives another result, or none, in some order of its threads."""
+#: By file, something that runs its kernels, and statements with what they must not be.
+WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, str]]]] = {
+    "absorbing.cu": (_absorb, [
+        ("nearest[place] = held_nearest[cluster];", "nearest[place] = -1;"),
+        ("nearest[place] = -1;", "nearest[place] = 0;"),
+    ]),
+    "merging.cu": (_remember, [
+        # Which pairs are compared.
+        ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && b >= 0 && a != j"),
+        ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && b >= 0"),
+        ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && a != j && b != i"),
+        ("every ? 0x7fffffffu : 0xffffffffu", "0x7fffffffu"),
+        ("!candidates && (every || !remembered)", "!candidates"),
+        # What the result remembers.
+        ("surplus == 0 && !remembered", "surplus == 0"),
+        ("chooses && state[i] == OPEN && cost[i] == infinity()", "false"),
+        ("partner[i] = remembered[stream * n + i];", "partner[i] = -1;"),
+        ("state[i] == OPEN && partner[i] >= 0", "partner[i] >= 0"),
+        ("? place_of(partner[i]) : -1", "? partner[i] : -1"),
+    ]),
+}  # fmt: skip
+
+
+def noticed(run: Callable[[EmulatedDevice], list[Any]], expected: list[Any], seconds: float, **mistake: Any) -> bool:
+    """Whether a kernel with a mistake gives another result, or none, in some order of its threads."""
     child = os.fork()
     if child == 0:
         os.close(2)
-        signal.alarm(_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             for seed in SEEDS:
-                got = run(EmulatedDevice(seed=seed, removed=line))
+                got = run(EmulatedDevice(seed=seed, **mistake))
                 # Equal to the last bit: sums are taken in one order, whatever the order of the threads.
                 if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(got, expected, strict=True)):
                     os._exit(1)
@@ -92,17 +134,25 @@ def noticed(run: Callable[[EmulatedDevice], list[Any]], expected: list[Any], lin
 
 
 def main() -> None:
-    """Print, as JSON, for each file the lines of its barriers and whether leaving one out was noticed."""
+    """Print, as JSON, for each file the mistakes and whether each was noticed."""
     report = {}
     for module, run in cases():
-        expected = run(EmulatedDevice(seed=0))
+        expected, begin = run(EmulatedDevice(seed=0)), time.process_time()
         for seed in SEEDS:
             again = run(EmulatedDevice(seed=seed))
             assert all(np.array_equal(a, b) for a, b in zip(again, expected, strict=True)), (module.file, seed)
-        lines = module.source().splitlines()
+        seconds = max(_SECONDS, _TIMES * (time.process_time() - begin))
+        source = module.source()
+        lines = source.splitlines()
         report[module.file] = {
-            f"{line}: {lines[line - 1].strip()}": noticed(run, expected, line) for line in barriers(module)
+            f"{line}: {lines[line - 1].strip()}": noticed(run, expected, seconds, removed=line)
+            for line in barriers(module)
         }
+        run, mistakes = WRONG.get(module.file, (run, []))
+        expected = run(EmulatedDevice(seed=0))
+        for right, wrong in mistakes:
+            assert source.count(right) == 1, right
+            report[module.file][f"{right} as {wrong}"] = noticed(run, expected, seconds, edit=(right, wrong))
     json.dump(report, sys.stdout, indent=1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from subgen_cupy import _absorbing, _attention, _leaders, _merging, _rounding, _threefry
 
@@ -36,9 +38,12 @@ def main() -> None:
         means = Means(draw(2, n, dims[0]), draw(2, n, dims[1]), counts, spread, importance, leaders)
         metric = np.tile(np.eye(dims[0], dtype=np.float32), (2, 1, 1))
         _merging.shrink(device, means, metric, np.ones(2, np.float32), most, most)
+        known = np.where(counts > 0, rng.integers(-1, n, size=(2, n)), -1).astype(np.int32)
+        _merging.shrink(device, replace(means, nearest=known), metric, np.ones(2, np.float32), most, most)
     for c, window, leave, dims in [(0, 1, 1, (3, 5)), (37, 45, 20, (40, 3))]:
         counts, bands = abs(draw(2, c)).astype(np.int32), 4 if dims[0] % 4 == 0 else 1
         held = Means(draw(2, c, dims[0]), draw(2, c, dims[1]), counts, abs(draw(2, c, bands)), abs(draw(2, c)))
+        held = replace(held, nearest=rng.integers(-1, max(c, 1), size=(2, c)).astype(np.int32))
         held = held.each(lambda x: x if x.dtype == np.int32 else x.astype(np.float16))
         keys, values = (draw(2, window + 2, dim).astype(np.float16) for dim in dims)
         queries = Codes(draw(2, window, dims[0]).astype(np.int8), abs(draw(2, window)))
