@@ -33,6 +33,7 @@ LONG = 131072
 #: Batch and tokens of exact attention, and how many times as fast the sketch is to be.
 TARGETS = {(1, LONG): 5, (1, 10**6): 40, (16, LONG): 40, (16, 10**6): 200}
 CACHES_FILLED = 4  # how often the inputs of one timing fill the L2 cache
+COMPARE_ALL = 8  # every how many blocks all clusters are compared anew, as the sketch does
 
 
 @dataclass
@@ -161,6 +162,7 @@ def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
         counts=cp.ones((streams, places), dtype=cp.int32),
         spread=cp.zeros((streams, places, 4), dtype=cp.float32),
         importance=cp.ones((streams, places), dtype=cp.float32),
+        nearest=cp.full((streams, places), -1, dtype=cp.int32),
     )
     queries = draw(cp, streams, 2 * HEAD_DIM, HEAD_DIM)
     metric = cp.matmul(cp.swapaxes(queries, 1, 2), queries) / queries.shape[1]
@@ -168,7 +170,7 @@ def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
 
     def step() -> Any:
         merged, moved = merge(held, metric, scale, CLUSTERS, CLUSTERS)
-        for name in ("keys", "values", "counts", "spread", "importance"):
+        for name in ("keys", "values", "counts", "spread", "importance", "nearest"):
             getattr(held, name)[:, :CLUSTERS] = getattr(merged, name)
         return moved
 
@@ -178,6 +180,7 @@ def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
         for turn in range(tokens // block):
             part = slice(turn % 4 * block, (turn % 4 + 1) * block)
             held.keys[:, CLUSTERS:], held.values[:, CLUSTERS:] = new[0][:, part], new[1][:, part]
+            held.nearest[:, 0 if turn % COMPARE_ALL == 0 else CLUSTERS :] = -1
             replay()
 
     return events(cp.cuda, all_tokens, 3)
