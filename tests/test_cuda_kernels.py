@@ -284,9 +284,8 @@ def rounds_of_mutual_neighbours(
     """Second of each pair by its first, and the nearest of those in no pair: the matching of a stream, written out."""
     pairs: dict[int, int] = {}
     free = [True] * len(costs)
-    every = compared is None
     while True:
-        masked = np.where(np.array(free)[None, :] & (every or compared), costs, np.inf)
+        masked = np.where(np.array(free)[None, :] & (True if compared is None else compared), costs, np.inf)
         nearest = [int(np.argmin(row)) for row in masked]
         if surplus <= 0:
             break
@@ -296,9 +295,7 @@ def rounds_of_mutual_neighbours(
             if free[i] and i < j and nearest[j] == i and masked[i, j] < np.inf
         ]
         if not round_:
-            if every:
-                break
-            every = True  # too few are compared
+            break
         for _, i, j in sorted(round_)[:surplus]:
             pairs[i] = j
             free[i] = free[j] = False
@@ -313,7 +310,7 @@ def packed_nearest(costs: np.ndarray) -> np.ndarray:
     return bits << 32 | np.argmin(costs, axis=2)
 
 
-# The share of clusters that are new, if they remember their nearest others. With none, pairs run out.
+# The share of clusters that are new, if they remember their nearest others. With few, all are compared.
 @pytest.mark.parametrize("new", [None, 0.3, 0.0])
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "most"), [(1, 1), (2, 1), (37, 30), (64, 20), (100, 60), (150, 149), (33, 40), (40, 1)])
@@ -332,8 +329,9 @@ def test_pairs_are_matched_as_written_out_with_many_ties(
     given = costs
     if new is not None:
         remembered = remembering(rng, counts, new)
-        compared = merging._compared(remembered)
-        given = np.where(compared | ~possible, costs, -costs)
+        live = counts > 0
+        given = np.where(merging._compared(remembered, live, np.zeros((streams, 1))) | ~possible, costs, -costs)
+        compared = merging._compared(remembered, live, live.sum(axis=1, keepdims=True) - most)
     places = min(n, most + 3)
     moved = lab.put(np.full((streams, n), -1))
     of_pairs = lab.put(given), lab.put(packed_nearest(given))
@@ -370,7 +368,7 @@ def test_costs_equal_the_portable_ones_to_the_last_bit(
     compared = np.ones((2, n, n), bool)
     if new is not None:
         means = replace(means, nearest=remembering(rng, means.counts, new))
-        compared = merging._compared(means.nearest)
+        compared = merging._compared(means.nearest, means.counts > 0, np.zeros((2, 1)))
     for metric in (None, root @ root.swapaxes(1, 2)):
         given = None if metric is None else lab.put(metric)
         costs, nearest = _merging.ward_costs(lab.device, means.each(lab.put), given, lab.put(value_scale))
@@ -431,9 +429,6 @@ def test_merging_ends_as_the_portable_merging(
     means = means_case(rng, 3, n, head_dim, value_dim, (0.1,) if new is None else (0.0, 0.4, 0.8))
     if new is not None:
         means = replace(means, nearest=remembering(rng, means.counts, new))
-        # All are compared where more than half must go: there, too few remember each other.
-        live = (means.counts > 0).sum(axis=1)
-        means.nearest[live - most > live // 2] = -1
     if dtype is not None:
         means = replace(means, leaders=rng.normal(size=means.keys.shape).astype(DTYPES[dtype]))
     value_scale = np.float32([1.0, 2.0, 0.5])
@@ -474,8 +469,8 @@ def test_where_nothing_has_to_merge_the_clusters_only_close_up() -> None:
         np.testing.assert_array_equal(got.nearest[s][moved[s]], np.where(nearest < 0, -1, moved[s][nearest]))
 
 
-def test_as_many_merge_as_must_where_too_few_are_compared(lab: Lab) -> None:
-    """All remember one, which merges once: the host knows the number of passes whatever is remembered."""
+def test_as_many_merge_as_must_whatever_is_remembered(lab: Lab) -> None:
+    """All remember one, which merges once: all are compared, and the host knows the number of passes."""
     rng = np.random.default_rng(6)
     means = means_case(rng, 2, 90, 8, 8)
     means = replace(means, counts=np.ones_like(means.counts), nearest=np.full((2, 90), 7, np.int32))

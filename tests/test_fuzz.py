@@ -21,6 +21,7 @@ from test_persist import make, resign
 import subgen
 from subgen import AttentionSketch
 from subgen.files import FileError, read_capture
+from subgen.means import FEW_CLUSTERS
 from subgen.persist import FORMAT, _checksum
 
 
@@ -74,9 +75,6 @@ def number(name: str, value: float, at: tuple[int, ...] = (0, 0)) -> Any:
         ("corrected", number("importance", np.nan), "importance"),
         ("corrected", number("importance", -1.0), "importance"),
         ("corrected", number("spread", -1.0, (0, 0, 0)), "spread below zero"),
-        ("corrected", number("nearest", -2), "nearest clusters"),
-        ("corrected", number("nearest", 0), "nearest clusters"),
-        ("corrected", number("nearest", 2**30), "nearest clusters"),
         ("corrected", number("residual.due", 2**62), "moments of the sample"),
         ("corrected", number("residual.due", 1), "moments of the sample"),
         ("corrected", number("keys", np.nan, (0, -10, 0)), "NaN or infinity, of a stream that was checked"),
@@ -110,6 +108,28 @@ def test_a_state_that_no_stream_leaves_behind(variant: str, change: Any, message
     sketch.save(path)
     resign(path, change)
     with pytest.raises(FileError, match=message):
+        subgen.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [number("nearest", -2), number("nearest", 0), number("nearest", 2**30), lambda t, c, m: t.pop("nearest")],
+    ids=["below", "itself", "beyond", "missing"],
+)
+def test_nearest_clusters_that_no_stream_leaves_behind(change: Any, tmp_path: Path) -> None:
+    """Many clusters remember others; a sketch goes on from those in a file, or says what is wrong with them."""
+    q, k, v = stream(0, (1,), 900)
+    path = tmp_path / "a.safetensors"
+    sketch = AttentionSketch(FEW_CLUSTERS + 8, window=32)
+    sketch.update(k[:, :800], v[:, :800], q[:, :800])
+    sketch.save(path)
+    again = subgen.load(path)
+    for each in (sketch, again):
+        each.update(k[:, 800:], v[:, 800:], q[:, 800:])
+    for name in ("keys", "counts", "nearest"):
+        np.testing.assert_array_equal(getattr(again.state, name), getattr(sketch.state, name))
+    resign(path, change)
+    with pytest.raises(FileError, match="nearest clusters"):
         subgen.load(path)
 
 

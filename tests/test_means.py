@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from libraries import NUMPY, Library, to_numpy
 
+import subgen.means
 from subgen import AttentionSketch, attention
 from subgen.backends import PORTABLE
 from subgen.files import sample
 from subgen.mass import log_weights
+from subgen.means import FEW_CLUSTERS
 from subgen.merging import Means, merge_closest
 from subgen.rounding import dither, round_to
 from subgen.weighted import merge_attention
@@ -204,8 +206,8 @@ def test_memory_is_fixed_and_is_that_of_the_arrays() -> None:
         assert state.keys.shape[1] <= 4 + 16 + 20
         if start > 500:
             sizes.add(sketch.nbytes)
-    # Per stream: pairs, a query in 8 bits and its scale for each token of the window, seven numbers for each cluster.
-    assert sizes == {2 * (4 * ((4 + 16 + 20) * 16 + 20 * 7) + 16 * (8 + 4))}
+    # Per stream: pairs, a query in 8 bits and its scale for each token of the window, six numbers for each cluster.
+    assert sizes == {2 * (4 * ((4 + 16 + 20) * 16 + 20 * 6) + 16 * (8 + 4))}
 
 
 def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library) -> None:
@@ -265,8 +267,8 @@ def line(*places: float, nearest: list[int] | None, library: Library) -> Means:
         ([2, 0, 1, -1, 3], [0, 1, 1, 2, 3], [2, -1, 3, 2]),
         # Those that it was taken from know only the new one.
         ([1, 2, 1, -1, 2], [0, 1, 1, 2, 3], [2, -1, 3, 2]),
-        # Where nobody is new there are only those that remember, and some are left without.
-        ([1, 2, 1, 4, 3], [0, 1, 1, 2, 3], [-1, -1, 3, 2]),
+        # Where so few are new that pairs may not be enough, all are compared.
+        ([1, 2, 1, 4, 3], [0, 1, 1, 2, 3], [2, -1, 3, 2]),
     ],
 )
 def test_only_new_clusters_are_compared_with_all(
@@ -287,36 +289,59 @@ def test_what_nothing_merged_in_remembers_what_it_did(library: Library) -> None:
     assert merged.nearest is None
 
 
-def test_a_sketch_remembers_others_that_live(library: Library) -> None:
+@pytest.mark.parametrize("window", [2, 30])
+def test_many_clusters_remember_others_that_live_whatever_the_cut(library: Library, window: int) -> None:
     """All but those that merged last do; a window of two absorbs a token at a time."""
     if library.name == "jax":
         pytest.skip("JAX compiles for every shape")
-    q, k, v = stream(3, (2,), 400)
-    for window in (2, 16):
-        sketch = AttentionSketch(20, window=window, sink=2)
-        for start in range(0, 400, 25):
-            sketch.update(*(library.array(x[:, start : start + 25]) for x in (k, v, q)))
-        nearest, counts = to_numpy(sketch.state.nearest), to_numpy(sketch.state.counts)
-        assert (nearest < 20).all()
-        assert (nearest != np.arange(20)).all()
-        assert (np.take_along_axis(counts, np.maximum(nearest, 0), axis=1) > 0).all()
-        assert ((nearest < 0).sum(axis=-1) <= max(1, window // 2) + 1).all()
+    n = 620 if window == 2 else 1000
+    q, k, v = (library.array(x) for x in stream(3, (1,), n))
+    states = []
+    for size in (n, 37):
+        sketch = AttentionSketch(FEW_CLUSTERS + 10, window=window, sink=2)
+        for start in range(0, n, size):
+            sketch.update(*(x[:, start : start + size, :] for x in (k, v, q)))
+        states.append(sketch.state)
+    nearest, counts = to_numpy(states[0].nearest), to_numpy(states[0].counts)
+    assert nearest.shape == counts.shape == (1, FEW_CLUSTERS + 10)
+    assert ((nearest >= -1) & (nearest < nearest.shape[1]) & (nearest != np.arange(nearest.shape[1]))).all()
+    assert (np.take_along_axis(counts, np.maximum(nearest, 0), axis=1) > 0).all()
+    assert (nearest < 0).sum() <= window // 2
+    if library.name == "numpy":
+        for name in ("nearest", "counts", "keys"):
+            np.testing.assert_array_equal(getattr(states[0], name), getattr(states[1], name), err_msg=name)
 
 
-def test_comparing_some_pairs_costs_no_accuracy() -> None:
+def test_few_clusters_remember_nothing_and_take_no_more_bytes() -> None:
+    q, k, v = stream(3, (1,), 1000)
+    held = {}
+    for clusters in (FEW_CLUSTERS, FEW_CLUSTERS + 1):
+        sketch = AttentionSketch(clusters, window=64)
+        sketch.update(k, v, q)
+        held[clusters] = sketch.nbytes
+        assert (sketch.state.nearest is None) == (clusters == FEW_CLUSTERS)
+        assert sketch.method.footprint(k, v).of_stream(clusters) == sketch.nbytes
+    few, more = held.values()
+    assert more - few == 4 * (4 + 3 + 1 + 4 + 1) + 4 * (FEW_CLUSTERS + 1)
+    # In those bytes fits one more, in a byte less one less.
+    for nbytes, clusters in ((more, FEW_CLUSTERS + 1), (more - 1, FEW_CLUSTERS), (few, FEW_CLUSTERS)):
+        sketch = AttentionSketch(max_bytes=nbytes, window=64)
+        sketch.update(k, v, q)
+        assert sketch.n_clusters.tolist() == [clusters]
+        assert sketch.nbytes <= nbytes
+
+
+def test_comparing_some_pairs_costs_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against all pairs in every absorption, on the sample: the error of later answers differs by less than a tenth."""
     capture = sample()
     q, k, v = (getattr(capture, name)[:, :1200].astype(np.float32) for name in "qkv")
     exact = attention(q[:, 1104:], k, v, causal=True)
     errors = []
-    for forget in (False, True):
+    for few in (0, FEW_CLUSTERS):
+        monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", few)
         sketch = AttentionSketch(200, window=32)
-        for start in range(0, 1104, 16):
-            part = slice(start, start + 16)
-            sketch.update(k[:, part], v[:, part], q[:, part])
-            if forget:
-                nobody = np.full_like(sketch.state.nearest, -1)
-                sketch = sketch.continued(sketch.layout, replace(sketch.state, nearest=nobody))
+        sketch.update(k[:, :1104], v[:, :1104], q[:, :1104])
+        assert (sketch.state.nearest is None) == bool(few)
         off = sketch.step(q[:, 1104:], k[:, 1104:], v[:, 1104:]) - exact
         errors.append((np.linalg.norm(off, axis=-1) / np.linalg.norm(exact, axis=-1)).mean())
     assert errors[0] < 1.1 * errors[1]

@@ -47,11 +47,13 @@ def merge_closest(
         if left.size < n and found.nearest is not None:
             found = replace(found, nearest=_renumbered(found.nearest, left, n))
         while left.size > most:
-            new = left.size if found.nearest is None else int((found.nearest < 0).sum())
-            if room.size < new * left.size:
-                room = np.empty(new * left.size, means.keys.dtype)
+            surplus = left.size - most
+            remembered = _remembered(found, surplus)
+            size = int((remembered < 0).sum()) * left.size
+            if room.size < size:
+                room = np.empty(size, means.keys.dtype)
             own_metric = None if metric is None else metric[stream % metric.shape[0]]
-            first, second, nearest = _choose(found, own_metric, value_scale[stream], left.size - most, room)
+            first, second, nearest = _choose(found, remembered, own_metric, value_scale[stream], surplus, room)
             stays = np.ones(left.size, bool)
             stays[second] = False
             step = np.arange(n)
@@ -108,8 +110,16 @@ class _Pairs:
     edge: Floats
 
 
+def _remembered(means: Means, surplus: int) -> Integers:
+    """Return whom each remembers; nobody, where so few are new that all are compared. See `subgen.merging`."""
+    if means.nearest is None or int((means.nearest < 0).sum()) < 2 * surplus - 1:
+        return np.full(means.counts.size, -1)
+    nearest: Integers = means.nearest.astype(np.int64)
+    return nearest
+
+
 def _choose(
-    means: Means, metric: Floats | None, value_scale: Any, surplus: int, room: Floats
+    means: Means, nearest: Integers, metric: Floats | None, value_scale: Any, surplus: int, room: Floats
 ) -> tuple[Integers, Integers, Integers]:
     """Choose disjoint pairs of a stream without free places, as `subgen.merging` does.
 
@@ -117,6 +127,8 @@ def _choose(
     ----------
     means, metric, value_scale
         Of one stream; see `subgen.merging.ward_costs`.
+    nearest : int64 array, shape (n,)
+        From `_remembered`; written over.
     surplus : int
         Most pairs.
     room : array
@@ -130,7 +142,6 @@ def _choose(
     """
     n, dtype = means.counts.shape[0], means.keys.dtype
     points = _points(means, metric, value_scale)
-    nearest = np.full(n, -1) if means.nearest is None else means.nearest.astype(np.int64)
     new = np.flatnonzero(nearest < 0)
     m = new.size
     costs = room[: m * n].reshape(m, n)

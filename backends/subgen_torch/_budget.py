@@ -56,7 +56,7 @@ class Budget:
                 # As many as fit into the bytes of those pairs.
                 method = ClusterMeans(Fixed(1), window=window, sink=self.sink, storage=self.storage)
                 held = method.footprint(keys.flatten(0, -3), values.flatten(0, -3))
-                clusters = max(clusters, (pairs * held.pair - held.fixed) // held.cluster)
+                clusters = max(clusters, held.clusters_in(pairs * held.pair))
         # A model's NaN passes, as it does with every cache: looking for it would wait for the device at each token.
         return AttentionSketch(
             clusters,

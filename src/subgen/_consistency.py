@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .clustering import room_for
 from .counter import DRAW_BITS
 from .files import FileError
-from .means import ClusterMeans, MeansState
+from .means import FEW_CLUSTERS, ClusterMeans, MeansState
 from .paper import Paper
 from .state import PaperState
 
@@ -141,6 +141,7 @@ def _check_means(state: MeansState, arrays: Arrays, method: ClusterMeans) -> Non
     _need((counts >= 0).all() and (counts.sum(axis=-1, dtype=np.int64) == absorbed).all(), "counts")
     _need(not (arrays["spread"] < 0).any(), "spread below zero")
     _need((arrays["importance"] >= 0).all() and np.isfinite(arrays["importance"]).all(), "importance")
+    _need((state.nearest is None) == (method.delta is not None or counts.shape[1] <= FEW_CLUSTERS), "nearest clusters")
     if state.nearest is not None:
         _check_nearest(arrays["nearest"].astype(np.int64), counts > 0)
     if state.residual is not None:

@@ -24,6 +24,10 @@ class Footprint:
         Bytes of one stream whatever its clusters: sinks, window and its queries, samples.
     window : int
         Most recent tokens kept exactly.
+    few : int
+        Clusters of a stream up to which they take no more.
+    remembered : int
+        Bytes more of each cluster where there are more than those.
     """
 
     streams: int
@@ -31,6 +35,20 @@ class Footprint:
     cluster: int
     fixed: int
     window: int
+    few: int
+    remembered: int
+
+    def of_stream(self, clusters: int) -> int:
+        """Count the bytes of one stream with so many clusters."""
+        more = self.remembered if clusters > self.few else 0
+        return self.fixed + clusters * (self.cluster + more)
+
+    def clusters_in(self, nbytes: int) -> int:
+        """Count the clusters that fit into so many bytes of one stream; below 1 where none does."""
+        clusters = (nbytes - self.fixed) // self.cluster
+        if clusters <= self.few:
+            return clusters
+        return max(self.few, (nbytes - self.fixed) // (self.cluster + self.remembered))
 
 
 class Budget(Protocol):
@@ -107,7 +125,7 @@ class Bytes:
 
     def clusters(self, n_seen: int, footprint: Footprint) -> int:
         """See `subgen.budget.Budget.clusters`."""
-        clusters = (self.max_bytes // footprint.streams - footprint.fixed) // footprint.cluster
+        clusters = footprint.clusters_in(self.max_bytes // footprint.streams)
         if clusters < 1:
             least = footprint.streams * (footprint.fixed + footprint.cluster)
             raise ValueError(
@@ -129,7 +147,7 @@ class Share:
     def clusters(self, n_seen: int, footprint: Footprint) -> int:
         """See `subgen.budget.Budget.clusters`."""
         allowed = math.floor((1.0 - self.compression_ratio) * n_seen * footprint.pair)
-        return max(footprint.window, (allowed - footprint.fixed) // footprint.cluster)
+        return max(footprint.window, footprint.clusters_in(allowed))
 
 
 def check_budget(

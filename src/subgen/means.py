@@ -36,6 +36,7 @@ from .tail import Tail
 from .weighted import join_rows, merge_attention
 
 __all__ = [
+    "FEW_CLUSTERS",
     "RESIDUAL_DRAWS",
     "ClusterMeans",
     "MeansState",
@@ -52,8 +53,10 @@ _NUMBERS_AT_ONCE = 1 << 22
 # Importance falls with the root of the position, from 1 here: what came early was merged in a smaller crowd, and later
 # answers depend on it as much (docs/experiments.md).
 _EARLY = 1000.0
-# Every how many absorptions all clusters are compared anew with all others, not new ones alone: often enough that the
-# error does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
+# Up to so many clusters all are compared with all others in every absorption, which takes little time then. With more,
+# they remember their nearest others, and all are compared anew every so many absorptions: often enough that the error
+# does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
+FEW_CLUSTERS = 512
 _COMPARE_ALL = 8
 # What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
 _KEYS, _VALUES, _SPREAD, _IMPORTANCE, RESIDUAL_DRAWS = 3, 4, 5, 6, 7
@@ -80,7 +83,7 @@ class MeansState:
     leaders : array, shape (streams, clusters, head_dim), or None
         See `subgen.leaders`; with ``delta``.
     nearest : int32 array, shape (streams, clusters), or None
-        See `subgen.merging.Means`; without ``delta``.
+        See `subgen.merging.Means`; with more than `FEW_CLUSTERS` places and without ``delta``.
     queries : Codes, of shape (streams, window, head_dim)
         One query of each token in the window, scaled; the query heads of a group take turns.
     asked : tuple of bool
@@ -163,9 +166,11 @@ class ClusterMeans:
         return Footprint(
             streams=keys.shape[0],
             pair=pair,
-            cluster=mean + 4 + size * (bands(d) + 1) + (4 if self.delta is None else size * d),
+            cluster=mean + 4 + size * (bands(d) + 1) + (0 if self.delta is None else size * d),
             fixed=pair * (self.sink + self.window) + (d + wide) * self.window + self.residual_samples * (pair + 4 + 8),
             window=self.window,
+            few=FEW_CLUSTERS,
+            remembered=4 if self.delta is None else 0,
         )
 
     def init(self, keys: Array, values: Array) -> MeansState:
@@ -197,7 +202,7 @@ class ClusterMeans:
             key_codes=Codes(zeros(0, d, dtype=xp.int8), zeros(0)) if coded else None,
             value_codes=Codes(zeros(0, e, dtype=xp.int8), zeros(0)) if coded else None,
             leaders=None if self.delta is None else zeros(0, d),
-            nearest=zeros(0, dtype=xp.int32) if self.delta is None else None,
+            nearest=None,
             queries=Codes(zeros(self.window, d, dtype=xp.int8), zeros(self.window, dtype=wide)),
             asked=(),
             residual=empty_residual(keys, values, self.residual_samples) if self.residual_samples else None,
@@ -423,6 +428,8 @@ class ClusterMeans:
             xp = array_namespace(state.keys)
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.part(slice(room))
+        elif means.counts.shape[1] <= FEW_CLUSTERS:
+            means = replace(means, nearest=None)
         elif means.nearest is None:
             means = replace(means, nearest=_nobody(means.counts))
         dithers = Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))

@@ -164,8 +164,9 @@ def merge_closest(
     Parameters
     ----------
     means : Means
-        With ``nearest``, only pairs are compared of which one has not been compared with all others, or remembers the
-        other as its nearest.
+        With ``nearest``, only pairs are compared of which one is new, that is, has not been compared with all others,
+        or remembers the other as its nearest; all, in a stream with fewer new ones than two less one for each that is
+        over ``most``. So there are always as many pairs as have to merge, or as half of what there is.
     metric, value_scale
         As in `subgen.merging.ward_costs`.
     most : int
@@ -189,7 +190,8 @@ def merge_closest(
             break
         costs = ward_costs(means, metric, value_scale)
         if means.nearest is not None:
-            costs = xp.where(_compared(means.nearest), costs, xp.full_like(costs, math.inf))
+            compared = _compared(means.nearest, means.counts > 0, surplus)
+            costs = xp.where(compared, costs, xp.full_like(costs, math.inf))
         partner, keeps, goes, nearest = _match(costs, surplus)
         means = _merge(means, partner, keeps, goes)
         if means.nearest is not None:
@@ -205,11 +207,13 @@ def merge_closest(
     return means.each(lambda x: _pick(x, order[:, :places])), moved
 
 
-def _compared(nearest: Array) -> Array:
+def _compared(nearest: Array, live: Array, surplus: Array) -> Array:
     """Tell which pairs are compared: bool, shape (streams, n, n)."""
     xp = array_namespace(nearest)
     remembered = nearest[:, :, None] == xp.astype(positions(nearest.shape[1], nearest), xp.int32)[None, None, :]
-    new = nearest < 0
+    new = (nearest < 0) & live
+    few = xp.sum(xp.astype(new, xp.int64), axis=-1, keepdims=True) < 2 * surplus - 1
+    new = new | few
     return new[:, :, None] | new[:, None, :] | remembered | xp.matrix_transpose(remembered)
 
 

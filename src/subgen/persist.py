@@ -244,6 +244,8 @@ def _restore(config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Arr
     layout = Layout(leading, head_dim, value_dim, empty)
     flat = layout.flat(empty)
     template = method.init(flat, xp.zeros((flat.shape[0], 0, value_dim), dtype=like.dtype, device=like.device))
+    if kind == "means" and "nearest" in tensors:  # an empty sketch has none
+        template = replace(template, nearest=xp.zeros((flat.shape[0], 0), dtype=xp.int32, device=like.device))
     plain = dict(config["plain"])
     state = _unflatten(template, "", dict(tensors), plain, same)
     arrays = {name: from_bfloat16(x) if x.dtype == np.uint16 else x for name, x in tensors.items()}

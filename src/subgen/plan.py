@@ -256,7 +256,7 @@ def plan(
     nbytes = 0
     if clusters_at_n is not None:
         footprint = ClusterMeans(Fixed(clusters_at_n), window=window, sink=sink).footprint(keys, values)
-        nbytes = streams * (footprint.fixed + clusters_at_n * footprint.cluster)
+        nbytes = streams * footprint.of_stream(clusters_at_n)
     return Plan(
         eps=eps,
         n=n,

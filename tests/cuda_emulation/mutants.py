@@ -58,16 +58,17 @@ def _merge(device: EmulatedDevice) -> list[Any]:
 
 
 def _remember(device: EmulatedDevice) -> list[Any]:
-    """In the first stream a few clusters are new, in the second nothing has to merge, in the third all remember one."""
+    """Streams in which enough are new; nothing has to merge; all remember one; a few less than enough are new."""
     rng = np.random.default_rng(0)
-    keys, values = rng.normal(size=(2, 3, 90, 8)).astype(np.float32)
-    counts, importance = rng.integers(1, 5, size=(3, 90)).astype(np.int32), rng.random((3, 90)).astype(np.float32)
-    counts[0, :4] = counts[0, 64:84] = counts[1, 60:] = counts[1, 7:40:3] = 0
-    known = np.tile((np.arange(90, dtype=np.int32) + 7) % 60, (3, 1))
-    known[:2, 60:], known[2], known[2, 3] = -1, 3, 7
+    keys, values = rng.normal(size=(2, 4, 90, 8)).astype(np.float32)
+    counts, importance = rng.integers(1, 5, size=(4, 90)).astype(np.int32), rng.random((4, 90)).astype(np.float32)
+    counts[0, :9] = counts[0, 58:84] = counts[1, 60:] = counts[1, 7:40:3] = counts[3, 60:] = 0
+    known = np.tile((np.arange(90, dtype=np.int32) + 7) % 60, (4, 1))
+    known[0, 30:] = np.arange(23, 83)
+    known[:2, 60:], known[2], known[2, 3], known[3, :15] = -1, 3, 7, -1
     known = np.where((counts > 0) & (np.take_along_axis(counts, known, axis=1) > 0), known, -1)
-    means = Means(keys, values, counts, np.zeros((3, 90, 4), np.float32), importance, nearest=known)
-    merged, moved = _merging.shrink(device, means, None, np.ones(3, np.float32), 50, 55)
+    means = Means(keys, values, counts, np.zeros((4, 90, 4), np.float32), importance, nearest=known)
+    merged, moved = _merging.shrink(device, means, None, np.ones(4, np.float32), 50, 55)
     return [merged.keys, merged.counts, merged.nearest, moved]
 
 
@@ -104,7 +105,8 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
         ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && b >= 0"),
         ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && a != j && b != i"),
         ("every ? 0x7fffffffu : 0xffffffffu", "0x7fffffffu"),
-        ("!candidates && (every || !remembered)", "!candidates"),
+        ("every ? infinity() : __int_as_float", "__int_as_float"),
+        ("(found >> 16) < 2 * surplus - 1", "(found >> 16) < surplus"),
         # What the result remembers.
         ("surplus == 0 && !remembered", "surplus == 0"),
         ("chooses && state[i] == OPEN && cost[i] == infinity()", "false"),

@@ -15,7 +15,7 @@
 //
 // Where clusters remember their nearest others, two are compared if one is new, that is, remembers none, or if one
 // remembers the other. The cost of a pair that is not compared has its sign set: as an integer it is beyond infinity,
-// and it is at hand for a stream whose compared pairs are too few.
+// and it is at hand for a stream in which so few are new that all are compared.
 
 constexpr int TILE = 32;
 constexpr int WARPS = 8;
@@ -315,7 +315,7 @@ __device__ __forceinline__ void row_argmin(const float* row, const unsigned char
 // places of before the first pass. Costs and nearest others are not read where there is no surplus.
 //
 // With `remembered`, `new_nearest` is for those in no pair the nearest other in no pair, and where there is no surplus
-// what they remember. When no compared pair is left and the surplus is not used, all others count as compared: a
+// what they remember. In a stream with fewer new clusters than two less one for each of the surplus all are compared: a
 // matching halves what there is if it must, whatever is remembered, so that the host knows how many passes there are.
 extern "C" __global__ void __launch_bounds__(MATCH_THREADS, 1)
 match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
@@ -337,17 +337,21 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
 
   if (thread == 0) found = 0;
   __syncthreads();  // found
+  // Of the clusters, those that live, and in the upper half those of them that are new.
   int live = 0;
-  for (int i = thread; i < n; i += MATCH_THREADS) live += counts[i] > 0;
+  for (int i = thread; i < n; i += MATCH_THREADS)
+    if (counts[i] > 0) live += remembered && remembered[stream * n + i] < 0 ? 0x10001 : 1;
   live = warp_sum(live);
   if (lane == 0) atomicAdd(&found, live);
   __syncthreads();  // found
-  live = found;
+  live = found & 0xffff;
   int surplus = live - most;
+  // Whether pairs count that are not compared: their sign does not, then.
+  const bool every = remembered && (found >> 16) < 2 * surplus - 1;
   for (int i = thread; i < n; i += MATCH_THREADS) {
     if (surplus > 0) {
       partner[i] = (int)(unsigned)nearest[stream * n + i];
-      cost[i] = __int_as_float((int)(nearest[stream * n + i] >> 32));
+      cost[i] = every ? infinity() : __int_as_float((int)(nearest[stream * n + i] >> 32));
     } else if (remembered) {
       partner[i] = remembered[stream * n + i];
     }
@@ -356,7 +360,6 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
   __syncthreads();  // partner, cost, state; everyone has read found
 
   const bool chooses = surplus > 0;
-  bool every = false;  // whether pairs count that are not compared: their sign does not, then
   while (chooses) {
     for (int i = warp; i < n; i += MATCH_WARPS) {
       if (state[i] != OPEN || (cost[i] < infinity() ? state[partner[i]] == OPEN : !every)) continue;
@@ -376,8 +379,7 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
         pairs[atomicAdd(&found, 1)] = i;
     __syncthreads();  // pairs, found
     const int candidates = found;
-    if (!candidates && (every || !remembered)) break;
-    every |= !candidates;
+    if (!candidates) break;
     for (int p = thread; p < candidates; p += MATCH_THREADS) {
       const int i = pairs[p];
       int rank = 0;
