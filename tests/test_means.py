@@ -300,7 +300,7 @@ def test_many_clusters_remember_others_that_live_whatever_the_cut(library: Libra
     for size in (n, 37):
         sketch = AttentionSketch(FEW_CLUSTERS + 10, window=window, sink=2)
         for start in range(0, n, size):
-            sketch.update(*(x[:, start : start + size, :] for x in (k, v, q)))
+            sketch.update(*(x[:, start : min(n, start + size), :] for x in (k, v, q)))
         states.append(sketch.state)
     nearest, counts = to_numpy(states[0].nearest), to_numpy(states[0].counts)
     assert nearest.shape == counts.shape == (1, FEW_CLUSTERS + 10)
