@@ -22,7 +22,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
+from rich.table import Table
 
 import subgen
 from subgen.weighted import merge_attention, weighted_attention
@@ -131,7 +131,7 @@ def main(
     shown = tuple(tokens * (row + 1) // rows for row in range(rows))
     console = Console()
     table = Table(
-        Column("tokens", no_wrap=True, min_width=len(f"{tokens:,}")),
+        "tokens",
         "input",
         "storage",
         "mean key off by",
