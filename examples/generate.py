@@ -64,7 +64,7 @@ def show(scores: dict[str, dict[str, Score]], exact: Score) -> None:
             table.add_column(column, justify="right")
         for name, it in sorted({"exact cache": exact, **methods}.items(), key=lambda pair: pair[1].digit_loss):
             change = it.text_loss / exact.text_loss - 1.0
-            style = "bold" if name.startswith("subgen") else None
+            style = "bold" if name == "subgen" else None
             numbers = (f"{it.text_loss:.4f}", f"{change:+.1%}", f"{it.digit_loss:.3f}", f"{it.right_digits:.3f}")
             table.add_row(name, *numbers, style=style)
         console.print(table)
@@ -75,32 +75,27 @@ def draw_plot(scores: dict[str, dict[str, Score]], exact: Score, path: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    # One below the other: side by side, the names are too small to read on a narrow screen.
-    figure, axes = plt.subplots(len(scores), 1, figsize=(7, 4.6 * len(scores)), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(1, len(scores), figsize=(7 * len(scores), 6), squeeze=False, sharey=True)
     labels: dict[Any, list[Any]] = {}
-    for axis, (budget, methods) in zip(axes[:, 0], scores.items(), strict=True):
+    for axis, (budget, methods) in zip(axes[0], scores.items(), strict=True):
         # One label for methods at one place; those that keep every later token have bytes of their own.
         places: dict[tuple[float, float], list[str]] = {}
         for name, it in methods.items():
             if not name.endswith("(growing)"):
                 places.setdefault((round(it.text_loss, 3), round(it.digit_loss, 2)), []).append(name)
         axis.set_yscale("log")
-        axis.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
-        axis.set_yticks([], minor=True)
-        axis.set_ylim(0.65, 18)
-        axis.margins(x=0.08)
-        colors = ["tab:red" if names[0].startswith("subgen") else "tab:gray" for names in places.values()]
-        axis.scatter(*zip(*places, strict=True), color=colors, s=30)
-        labels[axis] = [axis.text(*place, ", ".join(names), fontsize=8) for place, names in places.items()]
+        axis.margins(0.08)
+        colors = ["tab:red" if "subgen" in names else "tab:gray" for names in places.values()]
+        axis.scatter(*zip(*places, strict=True), color=colors, s=25)
+        labels[axis] = [axis.text(*place, ", ".join(names), fontsize=7) for place, names in places.items()]
         axis.axvline(exact.text_loss, linestyle=":", color="black")
         axis.axhline(exact.digit_loss, linestyle=":", color="black", label="exact cache")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set(title=f"{float(budget):.0%} of the pairs", ylabel="loss on digits (nats a digit)")
-    axes[-1, 0].set_xlabel("loss on text (nats a byte)")
-    axes[0, 0].legend(loc="center right", frameon=False)
+        axis.set(title=f"{float(budget):.0%} of the pairs", xlabel="loss on text (nats a byte)")
+    axes[0, 0].set_ylabel("loss on digits (nats a digit)")
+    axes[0, 0].legend()
     figure.tight_layout()
     for axis, texts in labels.items():
-        adjust_text(texts, ax=axis, expand=(1.25, 1.9), arrowprops={"arrowstyle": "-", "color": "tab:gray", "lw": 0.5})
+        adjust_text(texts, ax=axis, expand=(1.2, 1.7), arrowprops={"arrowstyle": "-", "color": "tab:gray", "lw": 0.5})
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -143,7 +138,6 @@ def main(
         stream(model, long)
         return
     drawn = samples(count)
-    name = "subgen" if storage == "input" else "subgen, 8 bits"
     scores: dict[str, dict[str, Score]] = {}
     with bar() as progress:
         exact = score(model, drawn, lambda: DynamicCache(config=model.config), progress, "exact cache")
@@ -153,7 +147,7 @@ def main(
             def make(ratio: float = ratio) -> SubGenCache:
                 return SubGenCache(model.config, compression_ratio=ratio, window=window, storage=storage)
 
-            scores[budget] = {name: score(model, drawn, make, progress, f"{name}, {float(budget):.0%}")}
+            scores[budget] = {"subgen": score(model, drawn, make, progress, f"subgen, {float(budget):.0%}")}
     if rivals is not None and rivals.exists():
         read = json.loads(rivals.read_text())
         if read["samples"] != count:
