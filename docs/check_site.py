@@ -1,16 +1,20 @@
-"""Check a built site: every link within it leads somewhere, every picture has words. No network.
+"""Check a built site: links within it lead somewhere, pictures have words, public names are explained. No network.
 
 ``python docs/check_site.py build/docs``
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["check", "main"]
+__all__ = ["check", "main", "public_names", "unexplained"]
 
 
 class _Page(HTMLParser):
@@ -72,12 +76,48 @@ def check(site: Path) -> list[str]:
     return wrong
 
 
+def public_names() -> Iterator[tuple[str, ...]]:
+    """Yield each public class and function, under every name it may have: those that modules list in ``__all__``."""
+    import subgen
+
+    inner = (found.name for found in pkgutil.walk_packages(subgen.__path__, "subgen."))
+    modules = ["subgen", *inner, "subgen_torch.transformers", "subgen_torch.distributed", "subgen_cupy"]
+    for path in modules:
+        if any(part.startswith("_") for part in path.split(".")):
+            continue
+        module = importlib.import_module(path)
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                yield f"{path}.{name}", f"{thing.__module__}.{name}", f"subgen.{name}"
+
+
+def unexplained(site: Path) -> list[str]:
+    """Return the public names that the reference of a site does not have, a line each.
+
+    Parameters
+    ----------
+    site : Path
+        Folder of the HTML.
+
+    Returns
+    -------
+    list of str
+    """
+    page = _Page()
+    for path in sorted((site / "reference").glob("*.html")):
+        page.feed(path.read_text(encoding="utf-8"))
+    return [f"{names[0]} is not in the reference" for names in public_names() if page.anchors.isdisjoint(names)]
+
+
 def main() -> None:
     """Check the site named on the command line; exit status 1 if anything is wrong."""
     if len(sys.argv) != 2:
         sys.exit("usage: python docs/check_site.py FOLDER")
-    wrong = check(Path(sys.argv[1]))
-    print("\n".join(wrong) or "all links within the site lead somewhere, and all pictures have words")
+    site = Path(sys.argv[1])
+    wrong = check(site) + unexplained(site)
+    well = "all links within the site lead somewhere, all pictures have words, all public names are in the reference"
+    print("\n".join(wrong) or well)
     sys.exit(bool(wrong))
 
 

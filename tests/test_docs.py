@@ -84,3 +84,17 @@ def test_the_site_is_checked_for_links_and_words(tmp_path: Path, monkeypatch: py
     assert check(tmp_path) == []
     (tmp_path / "a.html").write_text('<a href="b.html#there">b</a> <a href="c.html">c</a> <img src="x.png" alt="x">')
     assert len(check(tmp_path)) == 3
+
+
+def test_a_public_name_that_the_reference_lacks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from check_site import public_names, unexplained
+
+    found = {names[0] for names in public_names()}
+    assert {"subgen.AttentionSketch", "subgen.absorbing.settle", "subgen_torch.transformers.SubGenCache"} <= found
+    (tmp_path / "reference").mkdir()
+    page = tmp_path / "reference" / "all.html"
+    page.write_text("".join(f'<p id="{name}"></p>' for name in found))
+    assert unexplained(tmp_path) == []
+    page.write_text("".join(f'<p id="{name}"></p>' for name in found - {"subgen.kcenter.k_center_radii"}))
+    assert unexplained(tmp_path) == ["subgen.kcenter.k_center_radii is not in the reference"]

@@ -153,7 +153,7 @@ class Share:
 def check_budget(
     max_clusters: object, max_bytes: object, compression_ratio: object, delta: float | None
 ) -> Budget | None:
-    """Make the budget from the arguments of `AttentionSketch`; ``None`` if only ``delta`` bounds the clusters."""
+    """Make the budget from arguments of `subgen.AttentionSketch`; ``None`` if only ``delta`` bounds the clusters."""
     given = {
         name: value
         for name, value in (
