@@ -64,7 +64,7 @@ def _remember(device: EmulatedDevice) -> list[Any]:
     counts, importance = rng.integers(1, 5, size=(4, 90)).astype(np.int32), rng.random((4, 90)).astype(np.float32)
     counts[0, :9] = counts[0, 58:84] = counts[1, 60:] = counts[1, 7:40:3] = counts[3, 60:] = 0
     known = np.tile((np.arange(90, dtype=np.int32) + 7) % 60, (4, 1))
-    known[0, 30:] = np.arange(23, 83)
+    known[0, 30:], known[0, 40:45] = np.arange(23, 83), -1
     known[:2, 60:], known[2], known[2, 3], known[3, :15] = -1, 3, 7, -1
     known = np.where((counts > 0) & (np.take_along_axis(counts, known, axis=1) > 0), known, -1)
     means = Means(keys, values, counts, np.zeros((4, 90, 4), np.float32), importance, nearest=known)
