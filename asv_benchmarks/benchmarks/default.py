@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ._common import BACKENDS, BLOCK, CLUSTERS, SINK, SMOKE, WINDOW, array, block, filled, synchronise
+from ._common import BACKENDS, CLUSTERS, SINK, SMOKE, WINDOW, array, block, filled, synchronise
 
 LENGTHS = (2**9,) if SMOKE else (2**11, 2**14)
 
@@ -49,19 +49,21 @@ class Tokens(_Data):
 
 
 class Blocks(_Data):
-    params = (BACKENDS,)
-    param_names = ("backend",)
+    """Few clusters, which are all compared in every absorption, and many, which remember their nearest others."""
+
+    params = (BACKENDS, (CLUSTERS, 4 * CLUSTERS))
+    param_names = ("backend", "clusters")
     timeout = 300.0
 
-    def setup(self, data: dict[str, np.ndarray], backend: str) -> None:
+    def setup(self, data: dict[str, np.ndarray], backend: str, clusters: int) -> None:
         self.data = {name: array(backend, x) for name, x in data.items()}
-        self.sketch = filled(BLOCK, self.data)
+        self.sketch = filled(2 * clusters, self.data, max_clusters=clusters)
 
-    def time_update_of_a_block(self, data: Any, backend: str) -> None:
+    def time_update_of_a_block(self, data: Any, backend: str, clusters: int) -> None:
         self.sketch.update(self.data["k"], self.data["v"], self.data["q"])
         synchronise(backend)
 
-    def time_step_of_a_block(self, data: Any, backend: str) -> None:
+    def time_step_of_a_block(self, data: Any, backend: str, clusters: int) -> None:
         self.sketch.step(self.data["q"], self.data["k"], self.data["v"])
         synchronise(backend)
 
