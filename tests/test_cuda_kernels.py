@@ -703,12 +703,13 @@ def test_a_block_is_absorbed_in_eleven_launches(monkeypatch: pytest.MonkeyPatch,
 
 def test_new_clusters_alone_are_compared_with_all_but_every_eighth_time(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = cuda_labs.emulation()
+    monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", 4)
     monkeypatch.setattr(_operations, "device_of", lambda x: lab.device)
     monkeypatch.setattr(backends, "_resolved", {"numpy": backends.Operations(**BACKEND.operations)})
     new = []
 
-    def matching(device: Any, costs: Any, counts: Any, remembered: np.ndarray, *rest: Any) -> Any:
-        new.append((remembered < 0).sum(axis=1).tolist())
+    def matching(device: Any, costs: Any, counts: Any, remembered: np.ndarray | None, *rest: Any) -> Any:
+        new.append((counts >= 0 if remembered is None else remembered < 0).sum(axis=1).tolist())
         return match(device, costs, counts, remembered, *rest)
 
     match = _merging.match
@@ -755,7 +756,10 @@ def run_sketch(lab: Lab, arrays: list[np.ndarray], asked: bool, **options: Any) 
         ("float32", {"max_clusters": 24, "delta": 3.0}),
     ],
 )
-def test_the_sketch_answers_as_well_as_with_the_portable_code(library: Lab, dtype: str, options: Any) -> None:
+def test_the_sketch_answers_as_well_as_with_the_portable_code(
+    library: Lab, dtype: str, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", 4)
     rng = np.random.default_rng(11)
     arrays = [rng.normal(size=(heads, 130, 8)).astype(dtype) for heads in (4, 2, 2)]
     exact = subgen.attention(*(x.astype(np.float32) for x in (arrays[0][:, -1:], *arrays[1:])))
