@@ -83,7 +83,7 @@ class MeansState:
     leaders : array, shape (streams, clusters, head_dim), or None
         See `subgen.leaders`; with ``delta``.
     nearest : int32 array, shape (streams, clusters), or None
-        See `subgen.merging.Means`; with more than `FEW_CLUSTERS` places and without ``delta``.
+        See `subgen.merging.Means`; with more than ``FEW_CLUSTERS`` places and without ``delta``.
     queries : Codes, of shape (streams, window, head_dim)
         One query of each token in the window, scaled; the query heads of a group take turns.
     asked : tuple of bool
