@@ -138,11 +138,11 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(subgen_numpy._merging.compiled() is None, reason="numba is not installed")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize(("max_clusters", "window"), [(150, 64), (37, 11), (520, 32)])
+@pytest.mark.parametrize(("max_clusters", "window"), [(150, 64), (37, 11), (780, 32)])
 def test_compiled_loops_give_the_same_bits(
     dtype: type, max_clusters: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    k, v, q = (np.random.default_rng(seed).normal(size=(3, 700, 16)).astype(dtype) for seed in range(3))
+    k, v, q = (np.random.default_rng(seed).normal(size=(3, 1000, 16)).astype(dtype) for seed in range(3))
     k[:, 300:400] = k[:, 300:301]  # ties
     states = []
     for compiled in (subgen_numpy._merging.compiled, lambda: None):

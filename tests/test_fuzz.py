@@ -118,14 +118,14 @@ def test_a_state_that_no_stream_leaves_behind(variant: str, change: Any, message
 )
 def test_nearest_clusters_that_no_stream_leaves_behind(change: Any, tmp_path: Path) -> None:
     """Many clusters remember others; a sketch goes on from those in a file, or says what is wrong with them."""
-    q, k, v = stream(0, (1,), 900)
+    q, k, v = stream(0, (1,), 1200)
     path = tmp_path / "a.safetensors"
     sketch = AttentionSketch(FEW_CLUSTERS + 8, window=32)
-    sketch.update(k[:, :800], v[:, :800], q[:, :800])
+    sketch.update(k[:, :1100], v[:, :1100], q[:, :1100])
     sketch.save(path)
     again = subgen.load(path)
     for each in (sketch, again):
-        each.update(k[:, 800:], v[:, 800:], q[:, 800:])
+        each.update(k[:, 1100:], v[:, 1100:], q[:, 1100:])
     for name in ("keys", "counts", "nearest"):
         np.testing.assert_array_equal(getattr(again.state, name), getattr(sketch.state, name))
     resign(path, change)

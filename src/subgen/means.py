@@ -56,7 +56,7 @@ _EARLY = 1000.0
 # Up to so many clusters all are compared with all others in every absorption, which takes little time then. With more,
 # they remember their nearest others, and all are compared anew every so many absorptions: often enough that the error
 # does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
-FEW_CLUSTERS = 512
+FEW_CLUSTERS = 768
 _COMPARE_ALL = 8
 # What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
 _KEYS, _VALUES, _SPREAD, _IMPORTANCE, RESIDUAL_DRAWS = 3, 4, 5, 6, 7
