@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks._peers import causal_exact, exact_decoders, torch_or_none
 
 from subgen import AttentionSketch
+from subgen.means import COMPARE_ALL
 
 # Groups of query heads to a key-value head.
 GROUP = 4
@@ -69,12 +70,12 @@ def arrays(heads: int, n: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndar
 def merging_work(clusters: int, passing: int, dim: int) -> float:
     """Operations of an absorption that no program can do without: points in the metric, and the products of pairs.
 
-    New clusters, those that come and those that merged before, are compared with all; every eighth time all are, by a
-    product of which half is computed.
+    New clusters, those that come and those that merged before, are compared with all; every `COMPARE_ALL`-th time all
+    are, by a product of which half is computed.
     """
     n = clusters + passing
     some, every = 2 * (2 * passing) * n * 2 * dim, n * n * 2 * dim
-    return 2 * n * dim * dim + (7 * some + every) / 8
+    return 2 * n * dim * dim + ((COMPARE_ALL - 1) * some + every) / COMPARE_ALL
 
 
 def per_step(sketch: AttentionSketch, data: tuple[Any, Any, Any], steps: int) -> list[float]:

@@ -33,7 +33,6 @@ LONG = 131072
 #: Batch and tokens of exact attention, and how many times as fast the sketch is to be.
 TARGETS = {(1, LONG): 5, (1, 10**6): 40, (16, LONG): 40, (16, 10**6): 200}
 CACHES_FILLED = 4  # how often the inputs of one timing fill the L2 cache
-COMPARE_ALL = 8  # every how many blocks all clusters are compared anew, as the sketch does
 
 
 @dataclass
@@ -151,6 +150,7 @@ def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
     """Seconds of merging tokens into the clusters, a block at a time: each step a graph, after a copy of the block."""
     from subgen_cupy import BACKEND, capture
 
+    from subgen.means import COMPARE_ALL
     from subgen.merging import Means
 
     merge = BACKEND.operations["merge_closest"]

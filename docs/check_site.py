@@ -40,6 +40,15 @@ class _Page(HTMLParser):
             self.without_words.append(f"{given.get('src')} (alt: {words!r})")
 
 
+def _read(folder: Path) -> dict[Path, _Page]:
+    """Read the pages of a folder and the folders in it."""
+    pages = {}
+    for path in sorted(folder.rglob("*.html")):
+        pages[path.resolve()] = page = _Page()
+        page.feed(path.read_text(encoding="utf-8"))
+    return pages
+
+
 def check(site: Path) -> list[str]:
     """Return what is wrong, a line each; nothing if all is well.
 
@@ -52,10 +61,7 @@ def check(site: Path) -> list[str]:
     -------
     list of str
     """
-    pages = {}
-    for path in sorted(site.rglob("*.html")):
-        pages[path.resolve()] = page = _Page()
-        page.feed(path.read_text(encoding="utf-8"))
+    pages = _read(site)
     wrong = []
     for path, page in pages.items():
         name = path.relative_to(site.resolve())
@@ -93,21 +99,9 @@ def public_names() -> Iterator[tuple[str, ...]]:
 
 
 def unexplained(site: Path) -> list[str]:
-    """Return the public names that the reference of a site does not have, a line each.
-
-    Parameters
-    ----------
-    site : Path
-        Folder of the HTML.
-
-    Returns
-    -------
-    list of str
-    """
-    page = _Page()
-    for path in sorted((site / "reference").glob("*.html")):
-        page.feed(path.read_text(encoding="utf-8"))
-    return [f"{names[0]} is not in the reference" for names in public_names() if page.anchors.isdisjoint(names)]
+    """Return the public names that the reference of a site, the folder of its HTML, does not have, a line each."""
+    anchors = {anchor for page in _read(site / "reference").values() for anchor in page.anchors}
+    return [f"{names[0]} is not in the reference" for names in public_names() if anchors.isdisjoint(names)]
 
 
 def main() -> None:

@@ -46,14 +46,12 @@ def merge_closest(
         found = own if left.size == n else own.each(lambda x, left=left: x.take(left, axis=0))  # type: ignore[misc]
         if left.size < n and found.nearest is not None:
             found = replace(found, nearest=_renumbered(found.nearest, left, n))
+        merges = left.size > most
         while left.size > most:
-            surplus = left.size - most
-            remembered = _remembered(found, surplus)
-            size = int((remembered < 0).sum()) * left.size
-            if room.size < size:
-                room = np.empty(size, means.keys.dtype)
+            if room.size < left.size**2:
+                room = np.empty(left.size**2, means.keys.dtype)
             own_metric = None if metric is None else metric[stream % metric.shape[0]]
-            first, second, nearest = _choose(found, remembered, own_metric, value_scale[stream], surplus, room)
+            first, second, nearest = _choose(found, own_metric, value_scale[stream], left.size - most, room)
             stays = np.ones(left.size, bool)
             stays[second] = False
             step = np.arange(n)
@@ -73,7 +71,7 @@ def merge_closest(
         for to, x in zip(result.arrays(), found.arrays(), strict=True):
             if to is None:
                 continue
-            if not np.may_share_memory(to, x):
+            if not merges:  # or the last pass put them there
                 to[stream, : left.size] = x
             to[stream, left.size :] = -1 if to is result.nearest else 0
     return result, moved
@@ -96,6 +94,8 @@ class _Pairs:
     ----------
     new : int64 array, shape (m,)
         The clusters that are compared with all others.
+    row : int64 array, shape (n,)
+        The row of each of them in ``costs``; -1 for the others.
     costs : array, shape (m, n)
         Of merging each of them with every other; infinite with itself.
     nearest : int64 array, shape (n,)
@@ -105,6 +105,7 @@ class _Pairs:
     """
 
     new: Integers
+    row: Integers
     costs: Floats
     nearest: Integers
     edge: Floats
@@ -119,7 +120,7 @@ def _remembered(means: Means, surplus: int) -> Integers:
 
 
 def _choose(
-    means: Means, nearest: Integers, metric: Floats | None, value_scale: Any, surplus: int, room: Floats
+    means: Means, metric: Floats | None, value_scale: Any, surplus: int, room: Floats
 ) -> tuple[Integers, Integers, Integers]:
     """Choose disjoint pairs of a stream without free places, as `subgen.merging` does.
 
@@ -127,12 +128,10 @@ def _choose(
     ----------
     means, metric, value_scale
         Of one stream; see `subgen.merging.ward_costs`.
-    nearest : int64 array, shape (n,)
-        From `_remembered`; written over.
     surplus : int
         Most pairs.
     room : array
-        What is written over: as many numbers as there are pairs, at least.
+        What is written over: n * n numbers, at least.
 
     Returns
     -------
@@ -142,6 +141,7 @@ def _choose(
     """
     n, dtype = means.counts.shape[0], means.keys.dtype
     points = _points(means, metric, value_scale)
+    nearest = _remembered(means, surplus)
     new = np.flatnonzero(nearest < 0)
     m = new.size
     costs = room[: m * n].reshape(m, n)
@@ -200,7 +200,9 @@ def _choose(
         size = part.stop - start
         finish(costs[part], new[part, None], slice(None), totals[:size], factors[:size])
     costs[np.arange(m), new] = np.inf
-    return _match(_Pairs(new, costs, nearest, edge), surplus)
+    row = np.full(n, -1)
+    row[new] = np.arange(m)
+    return _match(_Pairs(new, row, costs, nearest, edge), surplus)
 
 
 def _points(means: Means, metric: Floats | None, value_scale: Any) -> Floats:
@@ -236,9 +238,7 @@ def _root(metric: Floats) -> Floats:
 
 def _look(pairs: _Pairs, who: Integers, taken: NDArray[np.bool_], partner: Integers, cost: Floats) -> None:
     """Look for the cheapest partner of some clusters, none of them taken, among those that are not taken."""
-    costs, new, n = pairs.costs, pairs.new, pairs.edge.size
-    row = np.full(n, -1)
-    row[new] = np.arange(new.size)
+    costs, new, row, n = pairs.costs, pairs.new, pairs.row, pairs.edge.size
     is_new = row[who] >= 0
     rows, others = who[is_new], who[~is_new]
     penalty = np.where(taken, costs.dtype.type(np.inf), costs.dtype.type(0))

@@ -127,7 +127,7 @@ class Bytes:
         """See `subgen.budget.Budget.clusters`."""
         clusters = footprint.clusters_in(self.max_bytes // footprint.streams)
         if clusters < 1:
-            least = footprint.streams * (footprint.fixed + footprint.cluster)
+            least = footprint.streams * footprint.of_stream(1)
             raise ValueError(
                 f"max_bytes={self.max_bytes} holds no cluster beside sinks and window: {footprint.streams} streams of "
                 f"this shape and dtype need at least {least} bytes; raise it, or lower window"

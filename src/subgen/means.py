@@ -29,13 +29,14 @@ from .budget import Budget, Footprint
 from .clustering import room_for
 from .counter import stream_key
 from .leaders import join_leaders
-from .merging import Means, bands, n_live
+from .merging import Means, bands, n_live, nobody
 from .residual import Residual, correct, empty_residual, sample_tokens
 from .rounding import Codes, dequantize, dither
 from .tail import Tail
 from .weighted import join_rows, merge_attention
 
 __all__ = [
+    "COMPARE_ALL",
     "FEW_CLUSTERS",
     "RESIDUAL_DRAWS",
     "ClusterMeans",
@@ -57,7 +58,7 @@ _EARLY = 1000.0
 # they remember their nearest others, and all are compared anew every so many absorptions: often enough that the error
 # does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
 FEW_CLUSTERS = 768
-_COMPARE_ALL = 8
+COMPARE_ALL = 8
 # What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
 _KEYS, _VALUES, _SPREAD, _IMPORTANCE, RESIDUAL_DRAWS = 3, 4, 5, 6, 7
 
@@ -348,8 +349,8 @@ class ClusterMeans:
         window = slice(state.n_means + self.sink, None)
         leaves = slice(window.start, window.start + self.block)
         held = self.stored(state)
-        if held.nearest is not None and (state.n_seen - self.sink - self.window) // self.block % _COMPARE_ALL == 0:
-            held = replace(held, nearest=_nobody(held.counts))
+        if held.nearest is not None and (state.n_seen - self.sink - self.window) // self.block % COMPARE_ALL == 0:
+            held = replace(held, nearest=nobody(held.counts))
         pool, value_scale = ops.collect(
             held, state.keys[:, window, :], state.values[:, window, :], self.block, early_weight(state.n_seen)
         )
@@ -428,10 +429,8 @@ class ClusterMeans:
             xp = array_namespace(state.keys)
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.part(slice(room))
-        elif means.counts.shape[1] <= FEW_CLUSTERS:
-            means = replace(means, nearest=None)
-        elif means.nearest is None:
-            means = replace(means, nearest=_nobody(means.counts))
+        elif means.nearest is None and means.counts.shape[1] > FEW_CLUSTERS:
+            means = replace(means, nearest=nobody(means.counts))
         dithers = Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
         settled = ops.settle(means, keys, values, state.queries, leave, dithers, self.storage == "int8")
         return replace(
@@ -475,12 +474,6 @@ def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tup
         return exact
     keys, values = dequantize(state.key_codes, rows.dtype), dequantize(state.value_codes, rows.dtype)
     return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
-
-
-def _nobody(counts: Array) -> Array:
-    """Return the nearest others of clusters that have not been compared: int32, shape (streams, clusters)."""
-    xp = array_namespace(counts)
-    return xp.full(counts.shape, -1, dtype=xp.int32, device=counts.device)
 
 
 def own_copy(state: MeansState, filled: int) -> MeansState:

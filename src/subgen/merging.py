@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from ._array import Array, array_namespace, clip, positions
 
-__all__ = ["Means", "band_means", "bands", "clusters_of_one", "join", "merge_closest", "n_live", "ward_costs"]
+__all__ = ["Means", "band_means", "bands", "clusters_of_one", "join", "merge_closest", "n_live", "nobody", "ward_costs"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,22 @@ def clusters_of_one(
     """
     xp = array_namespace(keys)
     shape, device = tuple(keys.shape[:2]), keys.device
+    counts = xp.ones(shape, dtype=xp.int32, device=device)
     return Means(
         keys=keys,
         values=values,
-        counts=xp.ones(shape, dtype=xp.int32, device=device),
+        counts=counts,
         spread=xp.zeros((*shape, bands(keys.shape[-1])), dtype=keys.dtype, device=device),
         importance=importance,
         leaders=leaders,
-        nearest=xp.full(shape, -1, dtype=xp.int32, device=device) if remember else None,
+        nearest=nobody(counts) if remember else None,
     )
+
+
+def nobody(counts: Array) -> Array:
+    """Return the nearest others of clusters that have not been compared: int32, shape (streams, clusters)."""
+    xp = array_namespace(counts)
+    return xp.full(counts.shape, -1, dtype=xp.int32, device=counts.device)
 
 
 def join(first: Means, second: Means) -> Means:

@@ -225,9 +225,9 @@ def correct(
     # Values in units of the largest that a row has to do with: their squares, times those of the largest weights, are
     # within float32 whatever the values.
     largest = xp.max(xp.abs(xp.concat([values, means.values], axis=1)), axis=(1, 2))[:, None, None]
+    largest = xp.where(largest > 0, largest, xp.ones_like(largest))
     unit = xp.max(xp.abs(corrected), axis=-1, keepdims=True)
-    unit = xp.where(unit > largest, unit, largest)
-    unit = xp.where(unit > 0, unit, xp.ones_like(unit))[..., None]
+    unit = xp.where(unit > largest, unit, largest)[..., None]
     middle = corrected[:, :, None, :] / unit
 
     # Each slot's part in the ratio, coordinate by coordinate.
@@ -237,8 +237,8 @@ def correct(
     seen = xp.sum(part * part, axis=2) / max(1, slots - 1)
 
     # What the clusters predict: log-normal members with the variance of the spread, values independent of them.
-    deviation = (values - mean_values)[:, None, :, :] / unit
-    within = xp.sum(deviation * deviation, axis=2) / slots
+    deviation = (values - mean_values) / largest
+    within = xp.sum(deviation * deviation, axis=1, keepdims=True) / slots * (largest / unit[..., 0]) ** 2
     variance = 2.0 * half_variance(rows, means.spread)
     excess = xp.where(variance < log_counts, variance, xp.broadcast_to(log_counts, variance.shape))
     square = _exp(2.0 * (masses + logits) - log_counts + log_total + excess)
