@@ -1,19 +1,21 @@
-"""What is done when half a window joins the clusters, before they merge and after: `collect` and `settle`.
+"""What is done when half a window joins the clusters: `absorb`, and of it what comes before they merge and after.
 
-Both pass over all that a sketch holds once, and are operations of the registry of backends.
+`collect` and `settle` pass over all that a sketch holds once. They, and the whole, are operations of the registry of
+backends.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ._array import Array, array_namespace, compute_dtype
 from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
 from .rounding import Codes, Dither, quantize, round_to
 
-__all__ = ["VALUE_WEIGHT", "Dithers", "Settled", "collect", "settle", "value_scale", "widened"]
+__all__ = ["VALUE_WEIGHT", "Absorbed", "Dithers", "Settled", "absorb", "collect", "settle", "value_scale", "widened"]
 
 # Weight of a squared distance of values, in units of their typical norm, beside one of logits: keys that were merged
 # wrongly are mended by the spread, values are not.
@@ -146,3 +148,76 @@ def settle(
         value_codes=value_codes,
         queries=Codes(queue(queries.codes), queue(queries.scales)),
     )
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """What `absorb` gives.
+
+    Attributes
+    ----------
+    settled : Settled
+    counts : int32 array, shape (streams, clusters)
+    nearest : int32 array, shape (streams, clusters), or None
+        See `subgen.merging.Means`.
+    moved : int64 array, shape (streams, clusters that were held + tokens that left)
+        The place where each is now.
+    """
+
+    settled: Settled
+    counts: Array
+    nearest: Array | None
+    moved: Array
+
+
+def absorb(
+    held: Means,
+    keys: Array,
+    values: Array,
+    queries: Codes,
+    asked: tuple[bool, ...],
+    scale: float | None,
+    leave: int,
+    weight: float,
+    most: int,
+    dithers: Dithers,
+    coded: bool,
+    ops: Any,
+) -> Absorbed:
+    """Let the oldest tokens of the window join the clusters, and merge the closest until there is room.
+
+    Parameters
+    ----------
+    held : Means
+        The clusters, as they are stored; without leaders, by which others join (`subgen.leaders`).
+    keys, values : array, shape (streams, sink + window, dim)
+        The exact tokens, as they are stored.
+    queries : Codes, of shape (streams, window, head_dim)
+    asked : tuple of bool, length window
+        Which tokens in the window came with queries.
+    scale : float or None
+        Factor of the logits; see `subgen.metric.query_moment`.
+    leave : int
+        How many tokens leave the window, from behind the sinks.
+    weight : float
+        Factor of their importance; see `collect`.
+    most : int
+        Clusters that may be left.
+    dithers : Dithers
+    coded : bool
+        Whether means are stored in 8 bits; see `settle`.
+    ops : Operations
+        `collect`, `subgen.metric.query_moment`, `subgen.merging.merge_closest` and `settle`, one after the other, are
+        what this is.
+
+    Returns
+    -------
+    Absorbed
+    """
+    sink = keys.shape[1] - queries.codes.shape[1]
+    window_keys = keys[:, sink:, :]
+    pool, unit = ops.collect(held, window_keys, values[:, sink:, :], leave, weight)
+    metric = ops.query_moment(window_keys, queries, asked, scale)
+    merged, moved = ops.merge_closest(pool, metric, unit, most, most)
+    settled = ops.settle(merged, keys, values, queries, leave, dithers, coded)
+    return Absorbed(settled, merged.counts, merged.nearest, moved)

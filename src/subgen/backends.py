@@ -37,7 +37,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ._array import Array, array_namespace, library_name
-from .absorbing import Settled, collect, settle
+from .absorbing import Absorbed, Settled, absorb, collect, settle
 from .clustering import assign_leaders
 from .counter import threefry2x32
 from .mass import sketch_attention
@@ -66,6 +66,7 @@ class Operations:
     collect: Callable[..., tuple[Any, Array]] = collect
     query_moment: Callable[..., Array] = query_moment
     settle: Callable[..., Settled] = settle
+    absorb: Callable[..., Absorbed] = absorb
 
 
 #: The operations a backend may replace, and the portable function behind each.

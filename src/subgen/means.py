@@ -23,7 +23,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
-from .absorbing import Dithers, widened
+from .absorbing import Dithers, Settled, widened
 from .backends import Operations
 from .budget import Budget, Footprint
 from .clustering import room_for
@@ -346,28 +346,49 @@ class ClusterMeans:
 
     def _absorb(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
         """Move the oldest half of a full window into the clusters."""
-        window = slice(state.n_means + self.sink, None)
-        leaves = slice(window.start, window.start + self.block)
         held = self.stored(state)
         if held.nearest is not None and (state.n_seen - self.sink - self.window) // self.block % COMPARE_ALL == 0:
             held = replace(held, nearest=nobody(held.counts))
-        pool, value_scale = ops.collect(
-            held, state.keys[:, window, :], state.values[:, window, :], self.block, early_weight(state.n_seen)
-        )
-        pool, joined = self.pool(pool, held.counts.shape[1], ops)
-        most = self.most(state, state.n_seen, pool.counts.shape[1])
-        merged, moved = ops.merge_closest(pool, self.metric(state, ops), value_scale, most, most)
-        residual = state.residual
-        if residual is not None:
-            key = stream_key(self.seed, RESIDUAL_DRAWS, heads, ops.threefry2x32)
-            offered = state.n_seen - self.sink - self.window
-            residual = sample_tokens(
-                residual, state.keys[:, leaves, :], state.values[:, leaves, :], joined, moved, offered, key, ops
-            )
         exact = slice(state.n_means, None)
         keys, values = state.keys[:, exact, :], state.values[:, exact, :]
-        state = replace(state, n_exact=state.n_exact - self.block, asked=state.asked[self.block :], residual=residual)
-        return self.rebuild(state, merged, keys, values, self.block, ops)
+        if self.delta is None:
+            absorbed = ops.absorb(
+                held,
+                keys,
+                values,
+                state.queries,
+                state.asked,
+                self.scale,
+                self.block,
+                early_weight(state.n_seen),
+                self.most(state, state.n_seen, held.counts.shape[1] + self.block),
+                self._dithers(state),
+                self.storage == "int8",
+                ops,
+            )
+            moved = absorbed.moved
+            after = self._settled(state, absorbed.settled, absorbed.counts, None, absorbed.nearest)
+        else:
+            window = slice(self.sink, None)
+            pool, value_scale = ops.collect(
+                held, keys[:, window, :], values[:, window, :], self.block, early_weight(state.n_seen)
+            )
+            pool, joined = self.pool(pool, held.counts.shape[1], ops)
+            most = self.most(state, state.n_seen, pool.counts.shape[1])
+            merged, moved = ops.merge_closest(pool, self.metric(state, ops), value_scale, most, most)
+            after = self.rebuild(state, merged, keys, values, self.block, ops)
+        residual = state.residual
+        if residual is not None:
+            if self.delta is None:
+                joined = _in_places_behind(held.counts, self.block)
+            key = stream_key(self.seed, RESIDUAL_DRAWS, heads, ops.threefry2x32)
+            offered = state.n_seen - self.sink - self.window
+            leaves = slice(self.sink, self.sink + self.block)
+            residual = sample_tokens(
+                residual, keys[:, leaves, :], values[:, leaves, :], joined, moved, offered, key, ops
+            )
+        n_exact = state.n_exact - self.block
+        return replace(after, n_exact=n_exact, asked=state.asked[self.block :], residual=residual, tail=Tail(n_exact))
 
     def metric(self, state: MeansState, ops: Operations) -> Array:
         """Which differences of keys matter, by the queries in the window: ``(streams, head_dim, head_dim)``."""
@@ -394,10 +415,7 @@ class ClusterMeans:
         """
         if self.delta is not None:
             return join_leaders(means.part(slice(held)), means.part(slice(held, None)), self.delta, ops)
-        xp = array_namespace(means.keys)
-        streams, places = means.counts.shape
-        joined = positions(places - held, means.keys) + held
-        return means, xp.broadcast_to(joined[None, :], (streams, places - held))
+        return means, _in_places_behind(means.counts[:, :held], means.counts.shape[1] - held)
 
     def most(self, state: MeansState, n_seen: int, places: int) -> int:
         """Return how many clusters of a number of places the budget allows after so many tokens."""
@@ -429,21 +447,28 @@ class ClusterMeans:
             xp = array_namespace(state.keys)
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.part(slice(room))
-        elif means.nearest is None and means.counts.shape[1] > FEW_CLUSTERS:
-            means = replace(means, nearest=nobody(means.counts))
-        dithers = Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
-        settled = ops.settle(means, keys, values, state.queries, leave, dithers, self.storage == "int8")
+        settled = ops.settle(means, keys, values, state.queries, leave, self._dithers(state), self.storage == "int8")
+        return self._settled(state, settled, means.counts, means.leaders, means.nearest)
+
+    def _dithers(self, state: MeansState) -> Dithers:
+        return Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
+
+    def _settled(
+        self, state: MeansState, settled: Settled, counts: Array, leaders: Array | None, nearest: Array | None
+    ) -> MeansState:
+        if self.delta is None and nearest is None and counts.shape[1] > FEW_CLUSTERS:
+            nearest = nobody(counts)
         return replace(
             state,
             keys=settled.keys,
             values=settled.values,
-            counts=means.counts,
+            counts=counts,
             spread=settled.spread,
             importance=settled.importance,
             key_codes=settled.key_codes,
             value_codes=settled.value_codes,
-            leaders=means.leaders,
-            nearest=means.nearest,
+            leaders=leaders,
+            nearest=nearest,
             queries=settled.queries,
             tail=Tail(state.n_exact),
         )
@@ -474,6 +499,13 @@ def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tup
         return exact
     keys, values = dequantize(state.key_codes, rows.dtype), dequantize(state.value_codes, rows.dtype)
     return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
+
+
+def _in_places_behind(counts: Array, n: int) -> Array:
+    """Return the places behind those of some clusters, for each stream: int64, shape (streams, n)."""
+    xp = array_namespace(counts)
+    streams, held = counts.shape
+    return xp.broadcast_to((positions(n, counts) + held)[None, :], (streams, n))
 
 
 def own_copy(state: MeansState, filled: int) -> MeansState:
