@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from subgen.backends import Backend
 
+from ._absorbing import absorb
 from ._attention import sketch_attention, weighted_attention
 from ._merging import merge_closest
+from ._rounding import quantize
 from ._tail import write
+from ._threads import at_most
 from ._threefry import threefry2x32
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "at_most"]
 
 BACKEND = Backend(
     "numpy",
@@ -22,5 +25,7 @@ BACKEND = Backend(
         "sketch_attention": sketch_attention,
         "merge_closest": merge_closest,
         "write": write,
+        "quantize": quantize,
+        "absorb": absorb,
     },
 )

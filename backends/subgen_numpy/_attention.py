@@ -1,8 +1,13 @@
-"""Weighted attention, and attention over clusters, each in one buffer of logits."""
+"""Weighted attention, and attention over clusters, each in one buffer of logits.
+
+The few rows of a token take one pass over keys and values in compiled loops, streams in several threads, where numba is
+installed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,12 +16,17 @@ from numpy.typing import NDArray
 from subgen.merging import band_means
 from subgen.weighted import causal_bias
 
+from ._compiled import compiled, packed
+from ._threads import helped
+
 __all__ = ["sketch_attention", "weighted_attention"]
 
 Floats = NDArray[np.floating[Any]]
 
 # Up to this many rows the product with keys on the left is the faster one, several times so for a few.
 _FEW_ROWS = 32
+# Bytes that are worth a thread: reading them takes several times as long as waking it up.
+_WORTH_A_THREAD = 2**21
 
 
 def weighted_attention(queries: Floats, keys: Floats, values: Floats, log_weights: Floats) -> tuple[Floats, Floats]:
@@ -40,20 +50,48 @@ def sketch_attention(
     Log-weights go into the logits where they lie, and ``weighted`` is not called.
     """
     m, clusters = rows.shape[1], counts.shape[1]
+    keys, values, spread = (x.astype(rows.dtype, copy=False) for x in (keys, values, spread))
+    loops = compiled("attention")
+    if loops is not None and m <= _FEW_ROWS and causal <= 1 and rows.dtype == np.float32 and spread.shape[-1] == 4:
+        return _answers(loops, rows, keys, values, counts, spread)
     logits = _products(rows, keys)
     if clusters:
         energy = band_means(rows * rows)
         energy *= rows.dtype.type(0.5 * rows.shape[-1] / spread.shape[-1])
-        half = _products(energy, spread)
         # Free places: the logarithm of 0 is -inf, the smaller of the two is, and so is the sum.
         with np.errstate(divide="ignore"):
-            log_counts = np.log(counts, dtype=rows.dtype)[:, None, :]
-        np.minimum(half, log_counts, out=half)
-        half += log_counts
+            log_counts = np.log(counts, dtype=rows.dtype)
+        half = _products(energy, spread)
+        np.minimum(half, log_counts[:, None, :], out=half)
+        half += log_counts[:, None, :]
         logits[:, :, :clusters] += half
     if causal > 1:  # one token sees all that is held
         logits[:, :, clusters:] += causal_bias(causal, keys.shape[1] - clusters, m // causal, rows)
     return _softmax(logits, values)
+
+
+def _answers(
+    loops: ModuleType, rows: Floats, keys: Floats, values: Floats, counts: NDArray[np.int32], spread: Floats
+) -> tuple[Floats, Floats]:
+    """Attend by compiled loops, streams in threads; see `answer` of `subgen_numpy._compiled_attention`."""
+    streams, m, _ = rows.shape
+    outputs = np.empty((streams, m, values.shape[-1]), rows.dtype)
+    logsumexp = np.empty((streams, m), rows.dtype)
+    if m % loops.ROWS:
+        rows = _filled_up(rows, m + -m % loops.ROWS)
+    given = [packed(x) for x in (rows, keys, values, counts, spread)]
+    helped(
+        lambda turns, waits: loops.answer(turns, waits, *given, outputs, logsumexp),
+        min(streams, (keys.nbytes + values.nbytes) // _WORTH_A_THREAD),
+    )
+    return outputs, logsumexp
+
+
+def _filled_up(x: Floats, m: int) -> Floats:
+    """Return as many rows, zeros behind those there are."""
+    filled = np.zeros((x.shape[0], m, x.shape[2]), x.dtype)
+    filled[:, : x.shape[1]] = x
+    return filled
 
 
 def _products(rows: Floats, others: Floats) -> Floats:

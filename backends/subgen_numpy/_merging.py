@@ -8,10 +8,7 @@ results to the last bit.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,10 @@ from numpy.typing import NDArray
 
 from subgen.merging import Means, band_means
 
-__all__ = ["merge_closest"]
+from ._compiled import compiled
+from ._threads import by_streams
+
+__all__ = ["WORTH_A_THREAD", "merge_closest", "merge_stream"]
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
@@ -28,6 +28,8 @@ Integers = NDArray[np.int64]
 _ROWS = 48
 # Rows gathered at once.
 _GATHERED = 256
+# Clusters that are worth a thread.
+WORTH_A_THREAD = 512
 
 
 def merge_closest(
@@ -38,52 +40,72 @@ def merge_closest(
     places = min(places, n)
     result = means.each(lambda x: np.empty((streams, places, *x.shape[2:]), x.dtype))
     moved = np.empty((streams, n), np.int64)
-    room: Floats = np.empty(0, means.keys.dtype)
-    for stream in range(streams):
-        own = means.each(lambda x, stream=stream: x[stream])  # type: ignore[misc]
-        left = np.flatnonzero(own.counts > 0)
-        root = np.arange(n)  # the cluster that each became part of
-        found = own if left.size == n else own.each(lambda x, left=left: x.take(left, axis=0))  # type: ignore[misc]
-        if left.size < n and found.nearest is not None:
-            found = replace(found, nearest=_renumbered(found.nearest, left, n))
-        merges = left.size > most
-        while left.size > most:
-            if room.size < left.size**2:
-                room = np.empty(left.size**2, means.keys.dtype)
-            own_metric = None if metric is None else metric[stream % metric.shape[0]]
-            first, second, nearest = _choose(found, own_metric, value_scale[stream], left.size - most, room)
-            stays = np.ones(left.size, bool)
-            stays[second] = False
-            step = np.arange(n)
-            step[left[second]] = left[first]
-            root = step[root]
-            if found.nearest is not None:
-                found = replace(found, nearest=nearest)
-            last = left.size - first.size <= most
-            room_for = result.each(lambda x, stream=stream: x[stream]) if last else None  # type: ignore[misc]
-            found, left = _merge(found, first, second, np.flatnonzero(stays), room_for), left[stays]
-        # Clusters first, in their order; free places hold zeros.
-        free = np.ones(n, bool)
-        free[left] = False
-        place = np.empty(n, np.int64)
-        place[left], place[free] = np.arange(left.size), np.arange(left.size, n)
-        moved[stream] = place[root]
-        for to, x in zip(result.arrays(), found.arrays(), strict=True):
-            if to is None:
-                continue
-            if not merges:  # or the last pass put them there
-                to[stream, : left.size] = x
-            to[stream, left.size :] = -1 if to is result.nearest else 0
+    rooms: list[Floats] = []  # each is one thread's at a time
+
+    def one(stream: int) -> None:
+        own, room_for = (x.each(lambda x: x[stream]) for x in (means, result))
+        own_metric = None if metric is None else metric[stream % metric.shape[0]]
+        try:
+            room = rooms.pop()
+        except IndexError:
+            room = np.empty(n * n, means.keys.dtype)
+        moved[stream] = merge_stream(own, own_metric, value_scale[stream], most, room_for, room)
+        rooms.append(room)
+
+    # Without compiled loops the interpreter's lock is held for most of the time.
+    by_streams(one, streams, means.counts.size // WORTH_A_THREAD if compiled("merging") else 1, blas=True)
     return result, moved
 
 
-@cache
-def compiled() -> ModuleType | None:
-    """Return the compiled loops, or None where numba is missing, too old or new for NumPy, or has no place to cache."""
-    try:
-        return importlib.import_module("subgen_numpy._compiled")
-    except (ImportError, RuntimeError):
-        return None
+def merge_stream(
+    own: Means, metric: Floats | None, value_scale: Any, most: int, room_for: Means, room: Floats
+) -> Integers:
+    """Merge the clusters of a stream.
+
+    Parameters
+    ----------
+    own, metric, value_scale, most
+        Of one stream; see `subgen.merging.merge_closest`.
+    room_for : Means
+        What is written: the clusters first, in their order, and zeros in free places.
+    room : array
+        n * n numbers that are written over.
+
+    Returns
+    -------
+    int64 array, shape (n,)
+        The place where each is now.
+    """
+    n = own.counts.size
+    left = np.flatnonzero(own.counts > 0)
+    root = np.arange(n)  # the cluster that each became part of
+    found = own if left.size == n else own.each(lambda x: x.take(left, axis=0))
+    if left.size < n and found.nearest is not None:
+        found = replace(found, nearest=_renumbered(found.nearest, left, n))
+    merges = left.size > most
+    while left.size > most:
+        first, second, nearest = _choose(found, metric, value_scale, left.size - most, room)
+        stays = np.ones(left.size, bool)
+        stays[second] = False
+        step = np.arange(n)
+        step[left[second]] = left[first]
+        root = step[root]
+        if found.nearest is not None:
+            found = replace(found, nearest=nearest)
+        last = left.size - first.size <= most
+        found, left = _merge(found, first, second, np.flatnonzero(stays), room_for if last else None), left[stays]
+    free = np.ones(n, bool)
+    free[left] = False
+    place = np.empty(n, np.int64)
+    place[left], place[free] = np.arange(left.size), np.arange(left.size, n)
+    for to, x in zip(room_for.arrays(), found.arrays(), strict=True):
+        if to is None:
+            continue
+        if not merges:  # or the last pass put them there
+            to[: left.size] = x
+        to[left.size :] = -1 if to is room_for.nearest else 0
+    moved: Integers = place[root]
+    return moved
 
 
 @dataclass
@@ -145,6 +167,13 @@ def _choose(
     new = np.flatnonzero(nearest < 0)
     m = new.size
     costs = room[: m * n].reshape(m, n)
+    half = np.vecdot(points, points) * dtype.type(0.5)
+    largest = float(np.finfo(dtype).max) ** 0.5
+    # What may overflow, or has: costs are kept finite, so that any two clusters can merge.
+    wild = not float(half.max()) < largest / 4
+    w = means.importance
+    some = bool((w > 0).all())
+    loops = compiled("merging") if some and not wild else None
     # The product of a matrix and its own transpose: BLAS computes one half, and the result is exactly symmetric, as
     # mutual neighbours need.
     if m == n:
@@ -152,13 +181,8 @@ def _choose(
     else:
         of_new = points.take(new, axis=0)
         np.matmul(of_new, points.T, out=costs)
-        costs[:, new] = of_new @ of_new.T
-    half = np.vecdot(points, points) * dtype.type(0.5)
-    largest = float(np.finfo(dtype).max) ** 0.5
-    # What may overflow, or has: costs are kept finite, so that any two clusters can merge.
-    wild = not float(half.max()) < largest / 4
-    w = means.importance
-    some = bool((w > 0).all())
+        if loops is None:
+            costs[:, new] = of_new @ of_new.T
 
     def finish(products: Floats, rows: Any, columns: Any, total: Floats, factor: Floats) -> None:
         """Turn products of points into costs, in place."""
@@ -178,9 +202,16 @@ def _choose(
     # Two that stay as they are and of which one remembers the other; a new one has its own row.
     keeps = nearest >= 0
     keeps[keeps] = nearest[nearest[keeps]] >= 0
-    old = np.flatnonzero(keeps)
     nearest[~keeps] = -1
     edge = np.full(n, np.inf, dtype)
+    if loops is not None:
+        loops.edges(points, half, w, nearest, edge)
+        costs_bits, edge_bits = (x.view(np.int32 if dtype.itemsize == 4 else np.int64) for x in (costs, edge))
+        chosen: tuple[Integers, Integers, Integers] = loops.choose(
+            costs, costs_bits, new, half, w, nearest, edge_bits, surplus
+        )
+        return chosen
+    old = np.flatnonzero(keeps)
     if old.size:
         # Some rows at a time: gathers of a megabyte wait for memory from the system.
         apart = np.empty(old.size, dtype)
@@ -190,10 +221,6 @@ def _choose(
             np.vecdot(points.take(some_old, axis=0), others, out=apart[start : start + _GATHERED])
         finish(apart, old, nearest[old], np.empty_like(apart), np.empty_like(apart))
         edge[old] = apart
-    loops = compiled()
-    if loops is not None and some and not wild:
-        chosen: tuple[Integers, Integers, Integers] = loops.choose(costs, new, half, w, nearest, edge, surplus)
-        return chosen
     factors, totals = (np.empty((min(m, _ROWS), n), dtype) for _ in range(2))
     for start in range(0, m, _ROWS):
         part = slice(start, min(m, start + _ROWS))

@@ -1,0 +1,460 @@
+"""An absorption compiled by numba, stream after stream without the interpreter: only matrix products are called.
+
+Used where numba and SciPy, whose BLAS numba calls, are installed. The same steps as `subgen.absorbing.absorb`, and
+equal to it within the rounding of the dtype, but each key is read once to be copied, measured and added up, and
+clusters are put into the new buffer, where they stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401  # loaded here: threads are not the place to do it
+from numba import njit
+
+from subgen.absorbing import VALUE_WEIGHT
+from subgen.metric import LEAST_ANGLE, RIDGE
+
+from ._compiled_merging import choose, edges
+from ._compiled_streams import finish, of_stream, take_next, wait
+
+__all__ = ["absorb"]
+
+_options = {"cache": True, "nogil": True, "error_model": "numpy"}
+# Sums in any order, and fused with products. NaN and infinity are what they are.
+_sums = {"reassoc", "contract", "nsz"}
+# Rows at a time of the product of all points with each other: of each block the part from its diagonal on is computed.
+_BLOCK = 288
+# Rows and columns that are mirrored at once.
+_TILE = 32
+
+
+@njit(**_options)
+def absorb(
+    turns: Any,
+    waits: Any,
+    odd: Any,
+    integers: Any,
+    held_keys: Any,
+    held_values: Any,
+    held_counts: Any,
+    held_spread: Any,
+    held_importance: Any,
+    held_nearest: Any,
+    keys: Any,
+    values: Any,
+    codes: Any,
+    scales: Any,
+    metrics: Any,
+    weight: float,
+    leave: int,
+    new_keys: Any,
+    new_values: Any,
+    new_counts: Any,
+    new_spread: Any,
+    new_importance: Any,
+    new_nearest: Any,
+    new_codes: Any,
+    new_scales: Any,
+    moved: Any,
+) -> None:
+    """Let the oldest tokens of the window join the clusters of each stream; several threads may do so at once.
+
+    Parameters
+    ----------
+    turns : int64 array, shape (2,)
+        Zeros; the same for all threads.
+    waits : bool
+        Whether to wait for what others do.
+    odd : bool array, shape (streams,)
+        Written: streams whose numbers are beyond what is done here, and of which nothing else that is written counts.
+    integers : array of integers
+        As wide as the numbers; see `subgen_numpy._compiled_merging`.
+    held_keys, held_values, held_counts, held_spread, held_importance : array, shape (streams, clusters, ...)
+        See `subgen.merging.Means`; no place is free. Here and below, each stream lies together.
+    held_nearest : int32 array, shape (streams, clusters) or (streams, 0)
+        The latter if none remembers a nearest other.
+    keys, values : array, shape (streams, sink + window, dim)
+    codes, scales : int8 array, shape (streams, window, head_dim), and array, shape (streams, window)
+        Queries in the window.
+    metrics : array, shape (streams, head_dim, head_dim) or (0, head_dim, head_dim)
+        The latter if each token in the window came with queries, of which this is the second moment.
+    weight, leave
+        See `subgen.absorbing.absorb`.
+    new_keys, new_values : array, shape (streams, most + sink + window, dim)
+        This and what follows is written.
+    new_counts, new_spread, new_importance : array, shape (streams, most, ...)
+    new_nearest : int32 array, shape (streams, most) or (streams, 0)
+    new_codes, new_scales
+        As ``codes`` and ``scales``.
+    moved : int64 array, shape (streams, clusters + leave)
+    """
+    streams, n, dim = held_keys.shape
+    value_dim, bands, total, most = values.shape[2], held_spread.shape[2], n + leave, new_counts.shape[1]
+    window = codes.shape[1]
+    sink, dtype, remembers = keys.shape[1] - window, keys.dtype, new_nearest.shape[1] > 0
+    # What joins the clusters and merges with them, and its keys as points whose squared distances are costs.
+    pool_keys, pool_values = np.empty((total, dim), dtype), np.empty((total, value_dim), dtype)
+    pool_counts, pool_spread = np.empty(total, np.int32), np.empty((total, bands), dtype)
+    pool_importance, pool_nearest = np.empty(total, dtype), np.empty(total, np.int64)
+    centred, mapped = np.empty((total, dim), dtype), np.empty((total, dim), dtype)
+    points, of_new = np.empty((total, dim + value_dim), dtype), np.empty((total, dim + value_dim), dtype)
+    half, edge, room = np.empty(total, dtype), np.empty(total, dtype), np.empty(total * total, dtype)
+    rows, metric, root = np.empty((window, dim), dtype), np.empty((dim, dim), dtype), np.empty((dim, dim), dtype)
+    left, place = np.empty(total, np.int64), np.empty(total, np.int64)
+    while True:
+        s = take_next(turns)
+        if s >= streams:
+            break
+        exact_keys, exact_values, counts = of_stream(keys, s), of_stream(values, s), of_stream(held_counts, s)
+        _collect(of_stream(held_keys, s), counts, exact_keys, sink, leave, weight, pool_keys, pool_importance)
+        _copy(of_stream(held_values, s), 0, n, pool_values, 0)
+        _copy(exact_values, sink, sink + leave, pool_values, n)
+        _copy(of_stream(held_spread, s), 0, n, pool_spread, 0)
+        for i in range(n):
+            pool_counts[i], pool_importance[i] = counts[i], held_importance[s, i]
+            pool_nearest[i] = held_nearest[s, i] if remembers else -1
+        for i in range(n, total):
+            pool_counts[i], pool_nearest[i] = 1, -1
+            for band in range(bands):
+                pool_spread[i, band] = 0
+        if metrics.shape[0]:
+            _copy(of_stream(metrics, s), 0, dim, metric, 0)
+        else:
+            _find_moment(of_stream(codes, s), of_stream(scales, s), rows, metric)
+        odd[s] = not _find_root(metric, root)
+        unit = _unit(exact_values, sink)
+        where = of_stream(moved, s)
+        for i in range(total):
+            where[i] = left[i] = i
+        live = kept = total
+        while kept > most and not odd[s]:
+            if kept < live:  # after the first pass
+                live = kept
+                _keep(left[:live], pool_keys, pool_values, pool_counts, pool_spread, pool_importance)
+            _map(pool_keys[:live], pool_values[:live], pool_counts, root, unit, centred[:live], mapped[:live], points)
+            if not _find_halves(points[:live], pool_importance, half):
+                odd[s] = True
+                break
+            first, second, nearest = _choose(
+                points[:live],
+                half[:live],
+                pool_importance[:live],
+                pool_nearest,
+                live - most,
+                of_new,
+                room,
+                edge,
+                integers,
+            )
+            for pair in range(first.size):
+                _merge(first[pair], second[pair], pool_keys, pool_values, pool_counts, pool_spread, pool_importance)
+            kept = _find_places(first, second, nearest, live, left, place, pool_nearest, where)
+        if not odd[s]:
+            for i in range(most):
+                new_counts[s, i], new_importance[s, i] = pool_counts[left[i]], pool_importance[left[i]]
+                for band in range(bands):
+                    new_spread[s, i, band] = pool_spread[left[i], band]
+                if remembers:
+                    new_nearest[s, i] = pool_nearest[i]
+            _settle(pool_keys, left, most, exact_keys, sink, leave, of_stream(new_keys, s))
+            _settle(pool_values, left, most, exact_values, sink, leave, of_stream(new_values, s))
+            _copy(of_stream(codes, s), leave, window, of_stream(new_codes, s), 0)
+            for i in range(window):
+                last = i >= window - leave
+                new_scales[s, i] = 0 if last else scales[s, i + leave]
+                if last:
+                    for t in range(dim):
+                        new_codes[s, i, t] = 0
+        finish(turns)
+    if waits:
+        wait(turns, streams)
+
+
+@njit(**_options)
+def _copy(x: Any, start: int, end: int, to: Any, first: int) -> None:
+    for i in range(start, end):
+        for t in range(x.shape[1]):
+            to[first + i - start, t] = x[i, t]
+
+
+@njit(fastmath=_sums, **_options)
+def _product(x: Any, i: int, y: Any, j: int) -> Any:
+    """Inner product of a row of one and a row of the other."""
+    whole = x.dtype.type(0)
+    for t in range(x.shape[1]):
+        whole += x[i, t] * y[j, t]
+    return whole
+
+
+@njit(**_options)
+def _collect(
+    held: Any, counts: Any, exact: Any, sink: int, leave: int, weight: float, keys: Any, importance: Any
+) -> None:
+    """Put keys that leave the window behind those of clusters, and find their importance; see `subgen.metric`."""
+    n, dim = held.shape
+    window = exact.shape[0] - sink
+    one = held.dtype.type(1)
+    length, away = np.empty(n + window, held.dtype), np.empty(n + window, held.dtype)
+    anchor = np.zeros((1, dim), held.dtype)
+    for i in range(n):
+        length[i] = _add_direction(held, i, held.dtype.type(counts[i]), anchor)
+        for t in range(dim):
+            keys[i, t] = held[i, t]
+    for i in range(window):
+        length[n + i] = _add_direction(exact, sink + i, one, anchor)
+    _copy(exact, sink, sink + leave, keys, n)
+    own = np.sqrt(_product(anchor, 0, anchor, 0))
+    if own > 0:
+        for t in range(dim):
+            anchor[0, t] /= own
+    whole, members = held.dtype.type(0), held.dtype.type(window)
+    for i in range(n):
+        away[i] = _away(_product(held, i, anchor, 0) / length[i], one)
+        whole += away[i] * held.dtype.type(counts[i])
+        members += held.dtype.type(counts[i])
+    for i in range(n, away.size):
+        away[i] = _away(_product(exact, sink + i - n, anchor, 0) / length[i], one)
+        whole += away[i]
+    mean = whole / members
+    for i in range(n, n + leave):
+        ratio = away[i] / mean if mean > LEAST_ANGLE else one
+        ratio = min(max(ratio, held.dtype.type(0.3)), held.dtype.type(5))
+        importance[i] = ratio * ratio * ratio * ratio * weight
+
+
+@njit(fastmath=_sums, **_options)
+def _add_direction(keys: Any, i: int, count: Any, anchor: Any) -> Any:
+    """Find the length of a key, 1 of a zero, and add its direction to a sum, as often as it counts."""
+    norm = np.sqrt(_product(keys, i, keys, i))
+    norm = norm if norm > 0 else keys.dtype.type(1)
+    share = count / norm
+    for t in range(keys.shape[1]):
+        anchor[0, t] += share * keys[i, t]
+    return norm
+
+
+@njit(**_options)
+def _away(cosine: Any, one: Any) -> Any:
+    """Compute 1 - cos; 1 where it is beyond the dtype."""
+    return one - cosine if np.isfinite(cosine) else one
+
+
+@njit(**_options)
+def _find_moment(codes: Any, scales: Any, rows: Any, moment: Any) -> None:
+    """Find the second moment of queries, with a ridge; see `subgen.metric.query_moment`."""
+    for i in range(rows.shape[0]):
+        for t in range(rows.shape[1]):
+            rows[i, t] = codes[i, t] * scales[i]
+    np.dot(rows.T, rows, moment)
+    share, trace = 1 / rows.dtype.type(rows.shape[0]), rows.dtype.type(0)
+    for i in range(moment.shape[0]):
+        for t in range(moment.shape[0]):
+            moment[i, t] *= share
+        trace += moment[i, i]
+    ridge = RIDGE * trace / moment.shape[0] if trace > 0 else RIDGE
+    for i in range(moment.shape[0]):
+        moment[i, i] += ridge
+
+
+@njit(**_options)
+def _find_root(metric: Any, root: Any) -> bool:
+    """Find the lower triangle whose product with its transpose is the metric (Cholesky); whether there is one."""
+    for i in range(metric.shape[0]):
+        for j in range(i):
+            # On the diagonal there are inverses, at first.
+            root[i, j] = (metric[i, j] - _start_product(root, i, j, j)) * root[j, j]
+        square = metric[i, i] - _start_product(root, i, i, i)
+        if not (square > 0 and square < np.inf):
+            return False
+        root[i, i] = 1 / np.sqrt(square)
+        for j in range(i + 1, metric.shape[0]):
+            root[i, j] = 0
+    for i in range(metric.shape[0]):
+        root[i, i] = 1 / root[i, i]
+    return True
+
+
+@njit(fastmath=_sums, **_options)
+def _start_product(x: Any, i: int, j: int, size: int) -> Any:
+    whole = x.dtype.type(0)
+    for t in range(size):
+        whole += x[i, t] * x[j, t]
+    return whole
+
+
+@njit(**_options)
+def _unit(values: Any, sink: int) -> Any:
+    """Find the unit of a distance of values; see `subgen.absorbing.value_scale`."""
+    whole = values.dtype.type(0)
+    for i in range(sink, values.shape[0]):
+        whole += np.sqrt(_product(values, i, values, i))
+    unit = whole / values.dtype.type((values.shape[0] - sink) * VALUE_WEIGHT**0.5)
+    return unit if unit > 0 else values.dtype.type(1)
+
+
+@njit(fastmath=_sums, **_options)
+def _map(keys: Any, values: Any, counts: Any, root: Any, unit: Any, centred: Any, mapped: Any, points: Any) -> None:
+    """Find points whose squared distances are those of keys in the metric and of values together."""
+    n, dim = keys.shape
+    members = keys.dtype.type(0)
+    offset = np.zeros(dim, keys.dtype)
+    for i in range(n):
+        count = keys.dtype.type(counts[i])
+        members += count
+        for t in range(dim):
+            offset[t] += count * keys[i, t]
+    # Differences are all that matters: without the common offset, float32 keeps the digits.
+    for t in range(dim):
+        offset[t] /= members
+    for i in range(n):
+        for t in range(dim):
+            centred[i, t] = keys[i, t] - offset[t]
+    np.dot(centred, root, mapped)
+    share = 1 / unit
+    for i in range(n):
+        for t in range(dim):
+            points[i, t] = mapped[i, t]
+        for t in range(values.shape[1]):
+            points[i, dim + t] = values[i, t] * share
+
+
+@njit(**_options)
+def _find_halves(points: Any, importance: Any, half: Any) -> bool:
+    """Find half of the square of each point; whether these, and importance, are such that costs are finite."""
+    most = np.sqrt(np.finfo(half.dtype).max) / 4
+    tame = True
+    for i in range(points.shape[0]):
+        half[i] = half.dtype.type(0.5) * _product(points, i, points, i)
+        tame = tame and half[i] < most and importance[i] > 0
+    return tame
+
+
+@njit(**_options)
+def _choose(
+    points: Any,
+    half: Any,
+    importance: Any,
+    remembered: Any,
+    surplus: int,
+    of_new: Any,
+    room: Any,
+    edge: Any,
+    integers: Any,
+) -> Any:
+    """Choose pairs as `subgen_numpy._merging` does."""
+    n = half.size
+    nearest, new, m = np.empty(n, np.int64), np.empty(n, np.int64), 0
+    for i in range(n):
+        if remembered[i] < 0:
+            new[m] = i
+            m += 1
+    if m < 2 * surplus - 1:
+        for i in range(n):
+            new[i] = i
+        m = n
+    for i in range(n):
+        other = remembered[i] if m < n else -1
+        nearest[i] = other if other >= 0 and remembered[other] >= 0 else -1
+    costs = room[: m * n].reshape(m, n)
+    if m == n:
+        _multiply_all(points, costs)
+    else:
+        for r in range(m):
+            for t in range(points.shape[1]):
+                of_new[r, t] = points[new[r], t]
+        np.dot(of_new[:m], points.T, costs)
+    edges(points, half, importance, nearest, edge[:n])
+    bits, edge_bits = costs.view(integers.dtype), edge[:n].view(integers.dtype)
+    return choose(costs, bits, new[:m], half, importance, nearest, edge_bits, surplus)
+
+
+@njit(**_options)
+def _multiply_all(points: Any, products: Any) -> None:
+    """Find the products of all points with each other, exactly symmetric."""
+    n = points.shape[0]
+    room = np.empty(_BLOCK * n, points.dtype)
+    for start in range(0, n, _BLOCK):
+        end = min(n, start + _BLOCK)
+        block = room[: (end - start) * (n - start)].reshape(end - start, n - start)
+        np.dot(points[start:end], points[start:].T, block)
+        for i in range(start, end):
+            for j in range(i, n):
+                products[i, j] = block[i - start, j - start]
+    for top in range(0, n, _TILE):
+        for start in range(0, top + 1, _TILE):
+            for i in range(top, min(n, top + _TILE)):
+                for j in range(start, min(i, start + _TILE)):
+                    products[i, j] = products[j, i]
+
+
+@njit(**_options)
+def _merge(i: int, j: int, keys: Any, values: Any, counts: Any, spread: Any, importance: Any) -> None:
+    """Merge a cluster into another; see `subgen.merging`."""
+    dim, bands = keys.shape[1], spread.shape[1]
+    width = dim // bands
+    share = keys.dtype.type(counts[j]) / keys.dtype.type(counts[i] + counts[j])
+    for band in range(bands):
+        apart = keys.dtype.type(0)
+        for t in range(band * width, (band + 1) * width):
+            apart += (keys[j, t] - keys[i, t]) ** 2
+        # The parallel-axis rule.
+        spread[i, band] += share * (spread[j, band] - spread[i, band] + (1 - share) * (apart / width))
+    for t in range(dim):
+        keys[i, t] += (keys[j, t] - keys[i, t]) * share
+    for t in range(values.shape[1]):
+        values[i, t] += (values[j, t] - values[i, t]) * share
+    counts[i] += counts[j]
+    importance[i] += importance[j]
+
+
+@njit(**_options)
+def _keep(left: Any, keys: Any, values: Any, counts: Any, spread: Any, importance: Any) -> None:
+    """Move those that stay together, in their order."""
+    for i in range(left.size):
+        j = left[i]
+        counts[i], importance[i] = counts[j], importance[j]
+        for t in range(keys.shape[1]):
+            keys[i, t] = keys[j, t]
+        for t in range(values.shape[1]):
+            values[i, t] = values[j, t]
+        for t in range(spread.shape[1]):
+            spread[i, t] = spread[j, t]
+
+
+@njit(**_options)
+def _find_places(
+    first: Any, second: Any, nearest: Any, live: int, left: Any, place: Any, new_nearest: Any, where: Any
+) -> int:
+    """Find who stays after pairs have merged, whom each of them remembers, and where each that came is now."""
+    for i in range(live):
+        place[i] = 0
+    for pair in range(first.size):
+        place[second[pair]] = -1
+    kept = 0
+    for i in range(live):
+        if place[i] == 0:
+            place[i], left[kept] = kept, i
+            kept += 1
+    for i in range(kept):
+        other = nearest[left[i]]
+        new_nearest[i] = place[other] if other >= 0 else -1
+    for pair in range(first.size):
+        place[second[pair]] = place[first[pair]]
+    for i in range(where.size):
+        where[i] = place[where[i]]
+    return kept
+
+
+@njit(**_options)
+def _settle(pool: Any, left: Any, most: int, exact: Any, sink: int, leave: int, to: Any) -> None:
+    """Put those that stay before the exact tokens, and zeros in the room of those that have left."""
+    for i in range(most):
+        for t in range(to.shape[1]):
+            to[i, t] = pool[left[i], t]
+    _copy(exact, 0, sink, to, most)
+    _copy(exact, sink + leave, exact.shape[0], to, most + sink)
+    for i in range(to.shape[0] - leave, to.shape[0]):
+        for t in range(to.shape[1]):
+            to[i, t] = 0

@@ -1,0 +1,293 @@
+"""The loops over pairs compiled by numba: costs in one pass over their products, and the search for pairs.
+
+Used where numba is installed. Numbers are computed as in `subgen_numpy._merging`, but for the products of two that
+remember each other, which are added up in another order.
+
+Costs are compared as the integers that their bits are, in the same order as none is negative: the least integer of many
+is found many at once, the least floating number is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from ._compiled_streams import of_stream, stretch
+
+__all__ = ["choose", "edges"]
+
+Integers = NDArray[np.int64]
+
+# Neighbours among which the cheapest partner of a new cluster is remembered.
+_SPAN = 128
+_options = {"cache": True, "nogil": True, "error_model": "numpy"}
+# No number is NaN, and zeros have no sign: several are compared at once.
+_compares = {"nnan", "nsz"}
+
+
+@njit(**_options)
+def edges(points: Any, half: Any, weight: Any, nearest: Any, edge: Any) -> None:
+    """Find what it costs to merge each with whom it remembers, without gathering either.
+
+    Parameters
+    ----------
+    points, half, weight
+        Of all clusters; see `choose`.
+    nearest : int64 array, shape (n,)
+        Whom each remembers, of those that remember somebody; -1 elsewhere.
+    edge : array, shape (n,)
+        Written; infinite where there is nobody.
+    """
+    zero, infinite = half.dtype.type(0), half.dtype.type(np.inf)
+    for i in range(nearest.size):
+        j = nearest[i]
+        edge[i] = infinite
+        if j >= 0:
+            apart = max(half[i] + half[j] - _product(points, i, j), zero)
+            edge[i] = apart * (weight[i] * weight[j] / (weight[i] + weight[j]))
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"}, **_options)
+def _product(points: Any, i: int, j: int) -> Any:
+    whole = points.dtype.type(0)
+    for t in range(points.shape[1]):
+        whole += points[i, t] * points[j, t]
+    return whole
+
+
+@njit(**_options)
+def choose(
+    costs: Any, bits: Any, new: Any, half: Any, weight: Any, nearest: Any, edge: Any, surplus: int
+) -> tuple[Integers, Integers, Integers]:
+    """Choose disjoint pairs: rounds of mutual nearest, the cheapest first; see `subgen.merging`.
+
+    A cluster whose partner was taken is *stale*. A new one looks for another at once. An old one, of which there are
+    more, does so when it may be one of a mutual pair: when another that is not stale has it for a partner, or one that
+    is stale remembers it or is remembered by it. All others need none before the end.
+
+    Parameters
+    ----------
+    costs : array, shape (m, n)
+        Products of each new point and every point, none of them NaN; written over.
+    bits : array of integers, shape (m, n)
+        The same memory.
+    new, nearest
+        See `subgen_numpy._merging._Pairs`.
+    half : array, shape (n,)
+        Half of the square of each point.
+    weight : array, shape (n,)
+        Importance, positive.
+    edge : array of integers, shape (n,)
+        The bits of what is so called there.
+    surplus : int
+        Most pairs.
+
+    Returns
+    -------
+    first, second : int64 array, shape (pairs,)
+    nearest : int64 array, shape (n,)
+        Of those in no pair, the nearest other in no pair; -1 where there is none.
+    """
+    m, n = costs.shape
+    everyone = m == n
+    row = np.full(n, -1)
+    row[new] = np.arange(m)
+    spans = -(-n // _SPAN)
+    # Of each, the cheapest of the new ones; where all are new, in each span. Costs are symmetric.
+    offered = np.zeros((spans if everyone else 1, n), np.int32)
+    least_offered = np.full(offered.shape, np.inf, costs.dtype)
+    infinite = least_offered.view(edge.dtype)[0, 0]
+    if not everyone:
+        _mirror(costs, new)
+    _fill(costs, new, half, weight, offered, least_offered)
+    partner, cost = offered[0].copy(), least_offered[0].view(edge.dtype).copy()
+    # What those that are taken cost, at least.
+    penalty, penalty_of_new = np.zeros(n, edge.dtype), np.zeros(m, edge.dtype)
+    # Of each new one, the cheapest in each span and its cost; of the others, all costs together.
+    turned = np.empty((0 if everyone else n, m), edge.dtype)
+    if everyone:
+        place, least = offered.T.copy(), least_offered.view(edge.dtype).T.copy()
+    else:
+        place, least = np.empty((m, spans), np.int32), np.empty((m, spans), edge.dtype)
+        for r in range(m):
+            for span in range(spans):
+                _search(bits, penalty, place, least, r, span)
+        _turn(bits, turned)
+    for r in range(m):
+        partner[new[r]], cost[new[r]] = _cheapest(bits, penalty, place, least, r, infinite)
+    # Of those that remember the same cluster, the last, and the one before each.
+    last, before = np.full(n, -1), np.full(n, -1)
+    for i in range(n):
+        if nearest[i] >= 0:
+            _offer(i, nearest[i], edge[i], partner, cost)
+            _offer(nearest[i], i, edge[i], partner, cost)
+            before[i], last[nearest[i]] = last[nearest[i]], i
+    stale = np.zeros(n, np.bool_)
+    first = np.empty(min(surplus, n // 2), np.int64)
+    second, found = np.empty_like(first), np.empty(n, np.int64)
+    pairs = 0
+    while True:
+        looking = True
+        while looking:
+            looking = False
+            for i in range(n):
+                j = np.int64(partner[i])
+                if cost[i] == infinite:
+                    continue
+                if stale[i]:
+                    j = nearest[i]
+                    if j < 0 or not stale[j]:
+                        continue
+                    looking = True
+                    _look(i, turned, new, penalty_of_new, nearest, edge, penalty, last, before, partner, cost, infinite)
+                    stale[i] = False
+                if stale[j]:
+                    looking = True
+                    _look(j, turned, new, penalty_of_new, nearest, edge, penalty, last, before, partner, cost, infinite)
+                    stale[j] = False
+        mutual = 0
+        for i in range(n):
+            j = np.int64(partner[i])
+            if i < j and partner[j] == i and cost[i] < infinite and not stale[i] and not stale[j]:
+                found[mutual] = i
+                mutual += 1
+        if mutual == 0 or pairs == surplus:
+            break
+        chosen = found[:mutual]
+        if mutual > surplus - pairs:
+            chosen = chosen[np.argsort(cost[chosen], kind="mergesort")[: surplus - pairs]]
+        for i in chosen:
+            first[pairs], second[pairs] = i, partner[i]
+            pairs += 1
+            for gone in (i, np.int64(partner[i])):
+                cost[gone] = penalty[gone] = infinite
+                if row[gone] >= 0:
+                    penalty_of_new[row[gone]] = infinite
+        for i in range(n):
+            if cost[i] < infinite and penalty[partner[i]] > 0:
+                if row[i] >= 0:
+                    partner[i], cost[i] = _cheapest(bits, penalty, place, least, row[i], infinite)
+                else:
+                    stale[i] = True
+    left = np.empty(n, np.int64)
+    for i in range(n):
+        if stale[i]:
+            _look(i, turned, new, penalty_of_new, nearest, edge, penalty, last, before, partner, cost, infinite)
+        left[i] = partner[i] if cost[i] < infinite else -1
+    return first[:pairs], second[:pairs], left
+
+
+@njit(**_options)
+def _mirror(products: Any, new: Any) -> None:
+    """Make products of new ones with each other symmetric, as mutual neighbours need."""
+    for r in range(new.size):
+        for before in range(r):
+            products[before, new[r]] = products[r, new[before]]
+
+
+@njit(fastmath=_compares, **_options)
+def _fill(costs: Any, new: Any, half: Any, weight: Any, offered: Any, least_offered: Any) -> None:
+    """Turn products into costs, and give every cluster the cheapest of the new ones, or of each span of them."""
+    m, n = costs.shape
+    every = m if offered.shape[0] == 1 else _SPAN
+    zero, infinite = half.dtype.type(0), half.dtype.type(np.inf)
+    for r in range(m):
+        row, i = costs[r], np.int32(new[r])
+        own, own_weight = half[i], weight[i]
+        for j in range(n):
+            apart = max(own + half[j] - row[j], zero)
+            row[j] = apart * (own_weight * weight[j] / (own_weight + weight[j]))
+        row[i] = infinite
+        # A row offers itself to every column, which takes no search.
+        partner, cost = offered[r // every], least_offered[r // every]
+        for j in range(n):
+            closer = row[j] < cost[j]
+            cost[j] = row[j] if closer else cost[j]
+            partner[j] = i if closer else partner[j]
+
+
+@njit(**_options)
+def _turn(x: Any, turned: Any) -> None:
+    """Transpose, in tiles that fit the cache."""
+    m, n = x.shape
+    for start in range(0, n, 16):
+        for r in range(m):
+            for j in range(start, min(n, start + 16)):
+                turned[j, r] = x[r, j]
+
+
+@njit(**_options)
+def _offer(to: int, who: int, price: Any, partner: Any, cost: Any) -> None:
+    """Take a partner if it is cheaper, or of equal ones the first."""
+    if price < cost[to] or (price == cost[to] and who < partner[to]):
+        partner[to], cost[to] = who, price
+
+
+@njit(**_options)
+def _least(prices: Any, penalty: Any) -> Any:
+    """Find the first of the least, and it: a pass for the least, and one for its place."""
+    least = max(prices[0], penalty[0])
+    for j in range(1, prices.size):
+        least = min(least, max(prices[j], penalty[j]))
+    place = np.int32(prices.size)
+    for j in range(prices.size):
+        here = np.int32(j) if max(prices[j], penalty[j]) == least else np.int32(prices.size)
+        place = min(place, here)
+    return place, least
+
+
+@njit(**_options)
+def _search(costs: Any, penalty: Any, place: Any, least: Any, r: int, span: int) -> None:
+    """Look for the cheapest in a span."""
+    start = span * _SPAN
+    end = min(costs.shape[1], start + _SPAN)
+    where, least[r, span] = _least(stretch(of_stream(costs, r), start, end), stretch(penalty, start, end))
+    place[r, span] = start + where
+
+
+@njit(**_options)
+def _cheapest(costs: Any, penalty: Any, place: Any, least: Any, r: int, infinite: Any) -> Any:
+    """Find the cheapest partner of a new cluster that is not taken, and its cost.
+
+    A span whose cheapest has gone holds none that is cheaper: it is searched when it is the cheapest of all.
+    """
+    while True:
+        span = 0
+        for other in range(1, least.shape[1]):
+            if least[r, other] < least[r, span]:
+                span = other
+        if least[r, span] == infinite or penalty[place[r, span]] == 0:
+            return place[r, span], least[r, span]
+        _search(costs, penalty, place, least, r, span)
+
+
+@njit(**_options)
+def _look(
+    i: int,
+    turned: Any,
+    new: Any,
+    penalty_of_new: Any,
+    nearest: Any,
+    edge: Any,
+    penalty: Any,
+    last: Any,
+    before: Any,
+    partner: Any,
+    cost: Any,
+    infinite: Any,
+) -> None:
+    """Look for the cheapest partner of an old cluster that is not taken: a new one, or of those that remember."""
+    partner[i], cost[i] = 0, infinite
+    if new.size:
+        which, cost[i] = _least(of_stream(turned, i), penalty_of_new)
+        partner[i] = new[which]
+    if nearest[i] >= 0 and penalty[nearest[i]] == 0:
+        _offer(i, nearest[i], edge[i], partner, cost)
+    j = last[i]
+    while j >= 0:
+        if penalty[j] == 0:
+            _offer(i, j, edge[j], partner, cost)
+        j = before[j]
