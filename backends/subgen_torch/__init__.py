@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from subgen.backends import Backend
 
+from ._absorbing import absorb, quantize
 from ._attention import sketch_attention, weighted_attention
 from ._merging import merge_closest
 from ._tail import write
@@ -20,5 +21,7 @@ BACKEND = Backend(
         "sketch_attention": sketch_attention,
         "merge_closest": merge_closest,
         "write": write,
+        "quantize": quantize,
+        "absorb": absorb,
     },
 )

@@ -11,10 +11,13 @@ from torch import Tensor
 from subgen.merging import bands
 from subgen.weighted import causal_bias
 
+from ._shared import by_numpy
+
 __all__ = ["sketch_attention", "weighted_attention"]
 
 # Up to this many rows NumPy's way is the faster one on a CPU, by a third for the rows of one token.
 _FEW_ROWS = 32
+_attend = BACKEND.operations["sketch_attention"]
 
 
 @torch.no_grad()
@@ -27,7 +30,6 @@ def weighted_attention(queries: Tensor, keys: Tensor, values: Tensor, log_weight
     return _softmax(logits, values)
 
 
-@torch.no_grad()
 def sketch_attention(
     rows: Tensor,
     keys: Tensor,
@@ -42,11 +44,19 @@ def sketch_attention(
     Log-weights go into the logits where they lie, and ``weighted`` is not called. Builds no autograd graph. A few rows
     on a CPU are answered by the NumPy backend, over the same memory.
     """
+    if rows.shape[1] <= _FEW_ROWS and rows.device.type == "cpu":
+        dtype = rows.dtype
+        keys, values, spread = (x if x.dtype == dtype else x.to(dtype) for x in (keys, values, spread))
+        outputs, logsumexp = by_numpy(_attend, rows, keys, values, counts, spread, causal)
+        return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
+    with torch.no_grad():
+        return _by_torch(rows, keys, values, counts, spread, causal)
+
+
+def _by_torch(
+    rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor, spread: Tensor, causal: int
+) -> tuple[Tensor, Tensor]:
     m, clusters, dtype = rows.shape[1], counts.shape[1], rows.dtype
-    if m <= _FEW_ROWS and rows.device.type == "cpu":
-        arrays = (rows, keys.to(dtype), values.to(dtype), counts, spread.to(dtype))
-        answer = BACKEND.operations["sketch_attention"](*(x.detach().numpy() for x in arrays), causal)
-        return torch.from_numpy(answer[0]), torch.from_numpy(answer[1])
     logits = torch.bmm(rows, keys.to(dtype).mT)
     if clusters:
         # Half the variance of the logits of the members: the sum over a band's coordinates is head_dim / bands means.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from subgen import tail
 
+from ._shared import shared
+
 __all__ = ["write"]
 
 
@@ -19,5 +21,9 @@ def write(x: Tensor, start: int, block: Tensor) -> Tensor:
     if x.is_inference() and not torch.is_inference_mode_enabled():
         written: Tensor = tail.write(x, start, block)
         return written
-    x.narrow(1, start, block.shape[1]).copy_(block)
+    if x.device.type == "cpu":
+        # As NumPy does it: torch wakes its threads for a few tokens, and they go on spinning beside those that absorb.
+        shared(x)[:, start : start + block.shape[1]] = shared(block)
+    else:
+        x.narrow(1, start, block.shape[1]).copy_(block)
     return x

@@ -1,0 +1,61 @@
+"""Absorbing, and rounding to 8 bits: on a CPU by the NumPy backend, over the same memory, elsewhere portable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from subgen_numpy import BACKEND
+from torch import Tensor
+
+from subgen import absorbing, rounding
+from subgen.absorbing import Absorbed, Dithers
+from subgen.backends import Operations
+from subgen.merging import Means
+from subgen.rounding import Codes, Dither
+
+from ._shared import NUMPY_DTYPES, by_numpy, to_torch
+
+__all__ = ["absorb", "quantize"]
+
+_numpy = Operations(**BACKEND.operations)
+
+
+@torch.no_grad()
+def absorb(
+    held: Means,
+    keys: Tensor,
+    values: Tensor,
+    queries: Codes,
+    asked: tuple[bool, ...],
+    scale: float | None,
+    leave: int,
+    weight: float,
+    most: int,
+    dithers: Dithers,
+    coded: bool,
+    ops: Any,
+) -> Absorbed:
+    """Let the oldest tokens of the window join the clusters, and merge; see `subgen.absorbing.absorb`."""
+    given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded)
+    if keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.float64):
+        return absorbing.absorb(*given, ops)
+    absorbed: Absorbed = by_numpy(_numpy.absorb, *given, _numpy)
+    settled = absorbed.settled
+    arrays = ("keys", "values", "spread", "importance", "key_codes", "value_codes", "queries")
+    return Absorbed(
+        settled=replace(settled, **{name: to_torch(getattr(settled, name)) for name in arrays}),
+        counts=to_torch(absorbed.counts),
+        nearest=to_torch(absorbed.nearest),
+        moved=to_torch(absorbed.moved),
+    )
+
+
+@torch.no_grad()
+def quantize(x: Tensor, dtype: torch.dtype, uniform: Dither | None = None) -> Codes:
+    """Round vectors to 8 bits; see `subgen.rounding.quantize`."""
+    if x.device.type != "cpu" or x.element_size() == 2 or dtype not in NUMPY_DTYPES:
+        return rounding.quantize(x, dtype, uniform)
+    codes: Codes = to_torch(by_numpy(_numpy.quantize, x, NUMPY_DTYPES[dtype], uniform))
+    return codes
