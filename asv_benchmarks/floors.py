@@ -10,7 +10,7 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -24,17 +24,19 @@ from subgen.means import COMPARE_ALL
 GROUP = 4
 
 
-def seconds(calls: dict[str, Callable[[], Any]], rounds: int, least: float = 0.0) -> dict[str, float]:
-    """Median seconds of calls that take turns; more rounds until ``least`` seconds have gone by."""
+def seconds(calls: dict[str, Sequence[Callable[[], Any]]], rounds: int, least: float = 0.0) -> dict[str, float]:
+    """Median seconds of calls, several of each name; names take turns until ``least`` seconds have gone by."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    start = time.perf_counter()
-    while len(next(iter(times.values()))) < rounds or time.perf_counter() - start < least:
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
+    for own in calls.values():
+        own[0]()
+    start, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - start < least:
+        for name, own in calls.items():
+            for call in own:
+                begin = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - begin)
+        done += 1
     return {name: median(t) for name, t in times.items()}
 
 
@@ -42,11 +44,11 @@ def machine(size: int) -> tuple[float, float]:
     """Measured bytes a second read from memory, and float32 operations a second of a matrix product: the best seen."""
     x = np.ones(size * size * 16, np.float32)
     a = np.ones((size, size), np.float32)
-    calls: dict[str, Callable[[], Any]] = {"read numpy": lambda: x.max(), "product numpy": lambda: a @ a}
+    calls: dict[str, list[Callable[[], Any]]] = {"read numpy": [lambda: x.max()], "product numpy": [lambda: a @ a]}
     torch = torch_or_none()
     if torch is not None:
         tx, ta = torch.from_numpy(x), torch.from_numpy(a)
-        calls |= {"read torch": lambda: tx.amax(), "product torch": lambda: ta @ ta}
+        calls |= {"read torch": [lambda: tx.amax()], "product torch": [lambda: ta @ ta]}
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(5):
         for name, taken in seconds(calls, 1).items():
@@ -78,16 +80,17 @@ def merging_work(clusters: int, passing: int, dim: int) -> float:
     return 2 * n * dim * dim + ((COMPARE_ALL - 1) * some + every) / COMPARE_ALL
 
 
-def per_step(sketch: AttentionSketch, data: tuple[Any, Any, Any], steps: int) -> list[float]:
-    """Seconds of each of a number of single-token steps; the data is used again from its start when it ends."""
+def per_step(sketches: Sequence[AttentionSketch], data: tuple[Any, Any, Any], steps: int) -> list[float]:
+    """Seconds of each of a number of single-token steps of every sketch; the data starts again when it ends."""
     q, k, v = data
     n, times = k.shape[1], []
     for step in range(steps):
         token = slice(step % n, step % n + 1)
-        begin = time.perf_counter()
-        sketch.update(k[:, token], v[:, token], q[:, token])
-        sketch.attend(q[:, token])
-        times.append(time.perf_counter() - begin)
+        for sketch in sketches:
+            begin = time.perf_counter()
+            sketch.update(k[:, token], v[:, token], q[:, token])
+            sketch.attend(q[:, token])
+            times.append(time.perf_counter() - begin)
     return times
 
 
@@ -97,7 +100,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--clusters", type=int, default=1024)
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=48, help="sketches that are asked one after the other")
+    parser.add_argument("--steps", type=int, default=64, help="tokens of each of them, and of the streams compared")
     parser.add_argument("--contexts", type=int, nargs="*", default=[2**16, 2**20])
     parser.add_argument("--prompt", type=int, default=2**15, help="tokens absorbed at once; 0 skips it")
     parser.add_argument("--flat", type=int, nargs="*", default=[10**4, 10**6], help="lengths to compare steps at")
@@ -129,67 +133,69 @@ def main() -> None:
         sketches[name] = AttentionSketch(args.clusters, window=args.window, sink=sink)
         sketches[name].update(*(make(x) for x in (k, v, q)))
 
-    # Attending over the sketch, beside exact attention over as many pairs as it holds at that moment.
+    # Attending over the sketch, beside exact attention over as many pairs as it holds at that moment: layer after layer
+    # as a model does, more of them than the cache has room for.
     filled = next(iter(sketches.values())).state
     held = filled.n_means + filled.n_exact
-    # Each with pairs of its own: nobody finds them in the cache because another has just read them.
-    calls = {}
-    for name in exact_decoders(q[:, :1], k[:, :1], v[:, :1]):
-        calls[f"exact {name}"] = exact_decoders(q[:, :1], k[:, :held].copy(), v[:, :held].copy())[name]
+    layers = {name: [copy.deepcopy(sketch) for _ in range(args.layers)] for name, sketch in sketches.items()}
+    calls: dict[str, list[Callable[[], Any]]] = {}
+    for _ in range(args.layers):
+        for name, call in exact_decoders(q[:, :1], k[:, :held].copy(), v[:, :held].copy()).items():
+            calls.setdefault(f"exact {name}", []).append(call)
     for name, make in libraries.items():
         query = make(q[:, :1])
-        calls[f"sketch {name}"] = lambda sketch=sketches[name], query=query: sketch.attend(query)
-    taken = seconds(calls, 50, args.seconds)
+        calls[f"sketch {name}"] = [lambda sketch=sketch, query=query: sketch.attend(query) for sketch in layers[name]]
+    taken = seconds(calls, 3, args.seconds)
     yardstick = min(t for name, t in taken.items() if name.startswith("exact torch")) if torch else None
-    print(f"\none token's queries over {held} pairs")
+    print(f"\none token's queries over {held} pairs, in each of {args.layers} layers")
     for name, t in taken.items():
         report(name, t, held * size / bandwidth, yardstick)
+    del calls
 
-    # A whole step, absorption included: passes of half a window, with one absorption each, between the exact answers.
+    # A whole step, absorption included: as many steps of every layer as lie between two absorptions, and then the exact
+    # answers of one layer, and so on.
     passing = max(1, args.window // 2)
     data = {name: tuple(make(x) for x in arrays(args.heads, 512, args.dim, 2)) for name, make in libraries.items()}
     for n in args.contexts:
         rng = np.random.default_rng(3)
         keys, values = (rng.standard_normal((args.heads, n, args.dim), dtype=np.float32) for _ in range(2))
-        decoders = exact_decoders(q[:, :1], keys, values)
-        calls = {f"exact {name}": call for name, call in decoders.items()}
+        calls = {f"exact {name}": [call] for name, call in exact_decoders(q[:, :1], keys, values).items()}
         for name in libraries:
-            calls[f"sketch {name}"] = lambda name=name: per_step(sketches[name], data[name], passing)
-        taken = seconds(calls, max(1, args.steps // passing))
+            calls[f"sketch {name}"] = [lambda name=name: per_step(layers[name], data[name], passing)]
+        taken = seconds(calls, max(3, args.steps // passing))
         best = min(t for name, t in taken.items() if name.startswith("exact"))
-        print(f"\none token at {n} tokens; of the sketch, its update too, absorption included")
+        print(f"\none token at {n} tokens, in one of the layers; of the sketch, its update too, absorption included")
         for name, t in taken.items():
             if name.startswith("exact"):
                 report(name, t, n * size / bandwidth)
                 continue
             work = args.heads * merging_work(args.clusters, passing, args.dim) / passing
-            report(name, t / passing, held * size / bandwidth + work / rate, best)
-        del keys, values, decoders, calls
+            report(name, t / passing / args.layers, held * size / bandwidth + work / rate, best)
+        del keys, values, calls
+    layers.clear()
 
     if args.prompt:
-        # An eighth of the work of either, times eight: so long a run would measure what else the machine does. In the
-        # seconds of a core for the same reason.
-        print(f"\n{args.prompt} tokens absorbed, in seconds of all threads: an eighth of it measured, times eight")
-        q, k, v = arrays(1, args.prompt, args.dim, 4)
-        begin = time.process_time()
-        best = causal_exact(q, k, v)
-        if best is not None:
-            best = (time.process_time() - begin) * args.heads
-            floor = 2 * args.heads * GROUP * args.prompt**2 * args.dim / rate
-            report("exact causal torch (one key-value head of all)", best, floor)
+        # An eighth of the work of either, times eight: in so long a run the machine would do much else.
+        print(f"\n{args.prompt} tokens absorbed; an eighth of it measured, times eight")
+        causal = arrays(1, args.prompt, args.dim, 4)
+        eighth = arrays(args.heads, max(1, args.prompt // 8), args.dim, 4)
+        exact = "exact causal torch (one key-value head of all)"
+        calls = {exact: [lambda: causal_exact(*causal)]} if torch else {}
         for name, make in libraries.items():
-            q, k, v = arrays(args.heads, max(1, args.prompt // 8), args.dim, 4)
-            block = [make(x) for x in (k, v, q)]
-            begin = time.process_time()
-            sketches[name].update(*block)
-            work = args.heads * args.prompt / passing * merging_work(args.clusters, passing, args.dim)
-            report(
-                f"sketch {name} (an eighth of the tokens)",
-                8 * (time.process_time() - begin),
-                work / rate,
-                best,
-            )
-        del q, k, v
+            block = [make(x) for x in (eighth[1], eighth[2], eighth[0])]
+            calls[f"sketch {name} (an eighth of the tokens)"] = [
+                lambda name=name, block=block: sketches[name].update(*block)
+            ]
+        taken = seconds(calls, 3)
+        factor = {name: args.heads if name == exact else args.prompt / eighth[1].shape[1] for name in taken}
+        whole = {name: t * factor[name] for name, t in taken.items()}
+        for name, t in whole.items():
+            if name == exact:
+                report(name, t, 2 * args.heads * GROUP * args.prompt**2 * args.dim / rate)
+            else:
+                work = args.heads * args.prompt / passing * merging_work(args.clusters, passing, args.dim)
+                report(name, t, work / rate, whole.get(exact))
+        del causal, eighth, calls
 
     if len(args.flat) > 1:
         print("\nsteps of one key-value head along a stream; both ends of it take turns")
@@ -203,9 +209,9 @@ def main() -> None:
                     sketch.update(block[1][:, :few], block[2][:, :few], block[0][:, :few])
                 at[n] = copy.copy(sketch)
             times: dict[int, list[float]] = {n: [] for n in at}
-            for _ in range(max(1, args.steps // passing)):
+            for _ in range(max(1, 16 * args.steps // passing)):
                 for n, there in at.items():
-                    times[n] += per_step(there, block, passing)
+                    times[n] += per_step([there], block, passing)
             slow = {n: median(sorted(t)[-max(1, len(t) // 10) :]) for n, t in times.items()}
             for n, t in slow.items():
                 report(f"{name}: slowest decile at {n}", t)

@@ -66,11 +66,15 @@ def exact_decoders(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) ->
 
 
 def causal_exact(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> Any:
-    """Answer every token exactly by torch's fused causal attention, head after head of a group; None without torch."""
+    """Answer every token exactly by torch's fused causal attention; None without torch.
+
+    The heads of a group in one call: head after head, threads share a head's tokens, of which the last take longest.
+    """
     torch = torch_or_none()
     if torch is None:
         return None
-    q, k, v = (torch.from_numpy(x)[None] for x in (queries, keys, values))
-    group = q.shape[1] // k.shape[1]
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return [attention(q[:, member::group], k, v, is_causal=True) for member in range(group)]
+    q, k, v = (torch.from_numpy(x) for x in (queries, keys, values))
+    group = q.shape[0] // k.shape[0]
+    q = q.reshape(k.shape[0], group, *q.shape[1:])
+    k, v = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
