@@ -210,6 +210,66 @@ def whole_sketch(cp: Any, batch: int, tokens: int, window: int) -> tuple[float, 
     return seconds, events(cp.cuda, decode, 3, warmups=1) / steps
 
 
+def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str, float]]:
+    """Seconds that the host takes to launch an absorption, that the device takes for it, and for which kernels.
+
+    The device is kept busy while the host launches, so that neither waits for the other and each is told by itself.
+    """
+    from subgen_cupy._cupy import CupyDevice
+
+    import subgen
+
+    half = window // 2
+    options = [(QUERY_HEADS, 4 * half), (KV_HEADS, 4 * half), (KV_HEADS, 4 * half)]
+    queries, keys, values = (draw(cp, batch, heads, n, HEAD_DIM).astype(cp.float16) for heads, n in options)
+    sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
+    source = draw(cp, 1 << 28)
+    target = cp.empty_like(source)
+    launch, spans = CupyDevice.run, []
+
+    def update(turn: int) -> None:
+        part = slice(turn % 4 * half, (turn % 4 + 1) * half)
+        sketch.update(keys[:, :, part], values[:, :, part], queries[:, :, part])
+
+    def timed(device: Any, work: Any) -> None:
+        begin, end = cp.cuda.Event(), cp.cuda.Event()
+        begin.record()
+        launch(device, work)
+        end.record()
+        spans.append((work.kernel, begin, end))
+
+    def busy_while(turn: int) -> tuple[float, float]:
+        begin, end = cp.cuda.Event(), cp.cuda.Event()
+        for _ in range(8):
+            cp.copyto(target, source)
+        begin.record()
+        start = time.perf_counter()
+        update(turn)
+        host = time.perf_counter() - start
+        if begin.done:
+            raise RuntimeError("the device was idle before all was launched")
+        end.record()
+        end.synchronize()
+        return host, cp.cuda.get_elapsed_time(begin, end) / 1e3
+
+    turns = 2 + math.ceil(CLUSTERS / half) + 8  # as many clusters as there may be, and kernels compiled
+    for turn in range(turns):
+        update(turn)
+    cp.cuda.Device().synchronize()
+    host, device = (float(np.median(x)) for x in zip(*(busy_while(turns + i) for i in range(24)), strict=True))
+    CupyDevice.run = timed
+    try:
+        for turn in range(24):
+            busy_while(turns + turn)
+    finally:
+        CupyDevice.run = launch
+    kernels: dict[str, list[float]] = {}
+    for name, begin, end in spans:
+        kernels.setdefault(name, []).append(cp.cuda.get_elapsed_time(begin, end) / 1e3)
+    # Of all absorptions together, as some launch a kernel more often than others.
+    return host, device, {name: sum(times) / 24 for name, times in kernels.items()}
+
+
 def exact_causal(torch: Any, batch: int, n: int) -> tuple[float, str]:
     options = {"device": "cuda", "dtype": torch.bfloat16}
     q, k, v = (torch.randn(batch, QUERY_HEADS, n, HEAD_DIM, **options) for _ in range(3))
@@ -315,6 +375,15 @@ class Bench:
         self.prompt(f"AttentionSketch.update, {tokens} tokens, {where}", update, batch if long else None)
         self.add(f"AttentionSketch.step, a token, {where}", f"{token * 1e6:.1f} us")
 
+    def apart(self, batch: int, window: int) -> None:
+        host, device, kernels = absorption(self.cp, batch, window)
+        longest = sorted(kernels.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{name} {seconds * 1e6:.0f}" for name, seconds in longest)
+        self.add(
+            f"an absorption of {window // 2} tokens, batch {batch}",
+            f"launching {host * 1e6:.0f} us, on the device {device * 1e6:.0f} us: {parts}",
+        )
+
     def everything(self) -> None:
         self.part("what it runs on", lambda: self.where.update(describe(self.cp, self.torch)))
         self.part("copy", self.copy)
@@ -332,6 +401,8 @@ class Bench:
                     f"merging by {block}, batch {batch}",
                     lambda batch=batch, block=block: self.merging(batch, tokens, block),  # type: ignore[misc]
                 )
+        for window in (128, 256, 512):
+            self.part(f"an absorption of {window // 2} tokens", lambda window=window: self.apart(1, window))  # type: ignore[misc]
         for batch, few in ((1, 8192),) if self.quick else ((1, LONG), (16, 8192)):
             self.part(
                 f"AttentionSketch, batch {batch}",
