@@ -18,13 +18,13 @@ __all__ = ["NUMPY_DTYPES", "by_numpy", "shared", "to_torch"]
 #: The floating dtypes that both libraries have.
 NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
+_SHARED = (Tensor, Means, Codes)
+
 
 def shared(x: Any) -> Any:
     """Return arrays over the memory of a tensor, of `Means` or of `Codes`."""
-    if isinstance(x, Means):
-        return x.each(shared)
-    if isinstance(x, Codes):
-        return Codes(shared(x.codes), shared(x.scales))
+    if not isinstance(x, Tensor):
+        return x.each(shared) if isinstance(x, Means) else Codes(shared(x.codes), shared(x.scales))
     if x.requires_grad:  # detaching takes as long as all else here, and what a token needs is mostly plain
         x = x.detach()
     # NumPy has no bfloat16. Where 16 bits come here, as leaders, they are only moved: words will do.
@@ -45,4 +45,4 @@ def to_torch(x: Any) -> Any:
 def by_numpy(operation: Callable[..., Any], *given: Any) -> Any:
     """Call an operation of the NumPy backend, in no more threads than torch may use."""
     with at_most(torch.get_num_threads()):
-        return operation(*(shared(x) if isinstance(x, Tensor | Means | Codes) else x for x in given))
+        return operation(*[shared(x) if isinstance(x, _SHARED) else x for x in given])

@@ -137,8 +137,9 @@ def check_finite(name: str, x: Array) -> None:
     xp = array_namespace(x)
     with np.errstate(all="ignore"):
         # One number tells of all, unless the sum of finite numbers is beyond the dtype.
-        if bool(xp.isfinite(xp.sum(x))):
-            return
+        total = xp.sum(x)
+    if math.isfinite(float(total.detach() if hasattr(total, "detach") else total)):
+        return
     if not bool(xp.all(xp.isfinite(x))):
         raise ValueError(
             f"{name} holds NaN or infinity; nothing was changed. Look for an overflow (float16 ends at 65504) "
