@@ -12,10 +12,10 @@ from ._attention import sketch_attention, weighted_attention
 from ._merging import merge_closest
 from ._rounding import quantize
 from ._tail import write
-from ._threads import at_most
+from ._threads import at_most, threads
 from ._threefry import threefry2x32
 
-__all__ = ["BACKEND", "at_most"]
+__all__ = ["BACKEND", "at_most", "threads"]
 
 BACKEND = Backend(
     "numpy",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from subgen_numpy import at_most
+from subgen_numpy import at_most, threads
 from torch import Tensor
 
 from subgen.merging import Means
@@ -44,5 +44,9 @@ def to_torch(x: Any) -> Any:
 
 def by_numpy(operation: Callable[..., Any], *given: Any) -> Any:
     """Call an operation of the NumPy backend, in no more threads than torch may use."""
-    with at_most(torch.get_num_threads()):
-        return operation(*[shared(x) if isinstance(x, _SHARED) else x for x in given])
+    arrays = [shared(x) if isinstance(x, _SHARED) else x for x in given]
+    allowed = torch.get_num_threads()
+    if allowed >= threads():  # as a rule: both follow the same variable
+        return operation(*arrays)
+    with at_most(allowed):
+        return operation(*arrays)

@@ -505,7 +505,8 @@ class AttentionSketch:
     def _scaled(self, queries: Array) -> Array:
         xp = array_namespace(queries)
         scale = check_scale(self._method.scale, queries.shape[-1])
-        return xp.astype(queries, compute_dtype(queries), copy=False) * scale
+        wide = compute_dtype(queries)
+        return (queries if queries.dtype == wide else xp.astype(queries, wide)) * scale
 
     def _rows(self, queries: Array, layout: Layout) -> Array:
         """Scaled queries by stream and head of the group: ``(streams, group, n, head_dim)``."""
