@@ -134,13 +134,19 @@ def test_compiled_loops_absorb_as_the_portable_code(case: dict[str, Any], most: 
 def test_compiled_loops_take_streams_that_lie_apart() -> None:
     arguments = given(40, nearest=0.8)
     expected = absorbed_by(NUMPY["absorb"], arguments, 5, 30)
+    loops: Any = _absorbing.compiled("absorbing")
+    kinds = len(loops.absorb.signatures)
     held, keys, values = arguments[:3]
     wide = [np.concatenate([x, x], axis=1)[:, : x.shape[1]] for x in (held.keys, keys)]  # room behind each stream
     turned = np.asfortranarray(values)
-    arguments[:3] = Means(wide[0], *held.arrays()[1:]), wide[1], turned
+    unaligned = np.frombuffer(b"x" + held.values.tobytes(), np.float32, offset=1).reshape(held.values.shape)
+    counts = held.counts.copy()
+    counts.flags.writeable = False
+    arguments[:3] = Means(wide[0], unaligned, counts, *held.arrays()[3:]), wide[1], turned
     got = absorbed_by(NUMPY["absorb"], arguments, 5, 30)
     for name, x in expected.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
+    assert len(loops.absorb.signatures) == kinds, "compiled anew for another kind of array"
 
 
 @needs_loops

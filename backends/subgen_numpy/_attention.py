@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from subgen.merging import band_means
 from subgen.weighted import causal_bias
 
-from ._compiled import compiled, packed
+from ._compiled import compiled, in_memory
 from ._threads import helped
 
 __all__ = ["sketch_attention", "weighted_attention"]
@@ -79,11 +79,15 @@ def _answers(
     logsumexp = np.empty((streams, m), rows.dtype)
     if m % loops.ROWS:
         rows = _filled_up(rows, m + -m % loops.ROWS)
-    given = [packed(x) for x in (rows, keys, values, counts, spread)]
-    helped(
-        lambda turns, waits: loops.answer(turns, waits, *given, outputs, logsumexp),
-        min(streams, (keys.nbytes + values.nbytes) // _WORTH_A_THREAD),
-    )
+    places, arrays = in_memory(rows, keys, values, counts, spread)
+    integers = np.empty(0, np.int32)
+    sizes = rows.shape[1], keys.shape[1], counts.shape[1], rows.shape[2]
+
+    # The arrays are there as long as a thread may come.
+    def answer(turns: NDArray[np.int64], waits: bool, _: object = arrays) -> None:
+        loops.answer(turns, waits, places, integers, *sizes, outputs, logsumexp)
+
+    helped(answer, min(streams, (keys.nbytes + values.nbytes) // _WORTH_A_THREAD))
     return outputs, logsumexp
 
 

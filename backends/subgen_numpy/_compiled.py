@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["compiled", "packed"]
+__all__ = ["compiled", "in_memory"]
 
 
 @cache
@@ -25,6 +25,15 @@ def compiled(what: str) -> ModuleType | None:
         return None
 
 
-def packed(x: NDArray[Any]) -> NDArray[Any]:
-    """Return an array each of whose streams lies together, as compiled loops take it."""
-    return x if x[:1].flags.c_contiguous else np.ascontiguousarray(x)
+def in_memory(*arrays: NDArray[Any]) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:
+    """Tell compiled loops where arrays lie in memory.
+
+    Returns
+    -------
+    places : int64 array, shape (arrays, 2)
+        The address of the first number, and the bytes from a stream to the next; see `subgen_numpy._compiled_streams`.
+    arrays : list of array
+        Those that lie there, as long as somebody holds them: copies where the numbers of a stream do not lie together.
+    """
+    there = [x if x[:1].flags.c_contiguous and x.flags.aligned else np.array(x, order="C") for x in arrays]
+    return np.array([(x.__array_interface__["data"][0], x.strides[0]) for x in there], np.int64), there

@@ -16,8 +16,8 @@ from numba import njit
 from subgen.absorbing import VALUE_WEIGHT
 from subgen.metric import LEAST_ANGLE, RIDGE
 
-from ._compiled_merging import choose, edges
-from ._compiled_streams import finish, of_stream, take_next, wait
+from ._compiled_merging import choose, edges, product
+from ._compiled_streams import finish, in_memory, of_stream, take_next, wait
 
 __all__ = ["absorb"]
 
@@ -36,17 +36,8 @@ def absorb(
     waits: Any,
     odd: Any,
     integers: Any,
-    held_keys: Any,
-    held_values: Any,
-    held_counts: Any,
-    held_spread: Any,
-    held_importance: Any,
-    held_nearest: Any,
-    keys: Any,
-    values: Any,
-    codes: Any,
-    scales: Any,
-    metrics: Any,
+    places: Any,
+    told: Any,
     weight: float,
     leave: int,
     new_keys: Any,
@@ -71,29 +62,30 @@ def absorb(
         Written: streams whose numbers are beyond what is done here, and of which nothing else that is written counts.
     integers : array of integers
         As wide as the numbers; see `subgen_numpy._compiled_merging`.
-    held_keys, held_values, held_counts, held_spread, held_importance : array, shape (streams, clusters, ...)
-        See `subgen.merging.Means`; no place is free. Here and below, each stream lies together.
-    held_nearest : int32 array, shape (streams, clusters) or (streams, 0)
-        The latter if none remembers a nearest other.
-    keys, values : array, shape (streams, sink + window, dim)
-    codes, scales : int8 array, shape (streams, window, head_dim), and array, shape (streams, window)
-        Queries in the window.
-    metrics : array, shape (streams, head_dim, head_dim) or (0, head_dim, head_dim)
-        The latter if each token in the window came with queries, of which this is the second moment.
+    places : int64 array, shape (11, 2)
+        Where there are, see `subgen_numpy._compiled_streams.in_memory`:
+
+        - keys, values, counts, spread, importance and nearest of the clusters that are held, shape
+          (streams, clusters, ...): see `subgen.merging.Means`; no place is free;
+        - keys and values that are held exactly, shape (streams, sink + window, dim);
+        - queries in the window, int8, shape (streams, window, head_dim), and their scales, shape (streams, window);
+        - metrics, shape (streams, head_dim, head_dim).
+    told : bool
+        Whether each token in the window came with queries. Then the metric is their second moment.
     weight, leave
         See `subgen.absorbing.absorb`.
     new_keys, new_values : array, shape (streams, most + sink + window, dim)
         This and what follows is written.
     new_counts, new_spread, new_importance : array, shape (streams, most, ...)
     new_nearest : int32 array, shape (streams, most) or (streams, 0)
-    new_codes, new_scales
-        As ``codes`` and ``scales``.
+        The latter if none remembers a nearest other.
+    new_codes, new_scales : array, shape (streams, window, head_dim) and (streams, window)
     moved : int64 array, shape (streams, clusters + leave)
     """
-    streams, n, dim = held_keys.shape
-    value_dim, bands, total, most = values.shape[2], held_spread.shape[2], n + leave, new_counts.shape[1]
-    window = codes.shape[1]
-    sink, dtype, remembers = keys.shape[1] - window, keys.dtype, new_nearest.shape[1] > 0
+    streams, most, bands = new_spread.shape
+    total, window, dim, value_dim = moved.shape[1], new_codes.shape[1], new_keys.shape[2], new_values.shape[2]
+    n, room_for_exact, remembers = total - leave, new_keys.shape[1] - most, new_nearest.shape[1] > 0
+    sink, dtype = room_for_exact - window, new_keys.dtype
     # What joins the clusters and merges with them, and its keys as points whose squared distances are costs.
     pool_keys, pool_values = np.empty((total, dim), dtype), np.empty((total, value_dim), dtype)
     pool_counts, pool_spread = np.empty(total, np.int32), np.empty((total, bands), dtype)
@@ -107,22 +99,29 @@ def absorb(
         s = take_next(turns)
         if s >= streams:
             break
-        exact_keys, exact_values, counts = of_stream(keys, s), of_stream(values, s), of_stream(held_counts, s)
-        _collect(of_stream(held_keys, s), counts, exact_keys, sink, leave, weight, pool_keys, pool_importance)
-        _copy(of_stream(held_values, s), 0, n, pool_values, 0)
+        exact_keys = in_memory(places, 6, s, (room_for_exact, dim), new_keys)
+        exact_values = in_memory(places, 7, s, (room_for_exact, value_dim), new_keys)
+        codes, scales = in_memory(places, 8, s, (window, dim), new_codes), in_memory(places, 9, s, (window,), new_keys)
+        counts, importance = in_memory(places, 2, s, (n,), new_counts), in_memory(places, 4, s, (n,), new_keys)
+        held_keys = in_memory(places, 0, s, (n, dim), new_keys)
+        _collect(held_keys, counts, exact_keys, sink, leave, weight, pool_keys, pool_importance)
+        _copy(in_memory(places, 1, s, (n, value_dim), new_keys), 0, n, pool_values, 0)
         _copy(exact_values, sink, sink + leave, pool_values, n)
-        _copy(of_stream(held_spread, s), 0, n, pool_spread, 0)
+        _copy(in_memory(places, 3, s, (n, bands), new_keys), 0, n, pool_spread, 0)
         for i in range(n):
-            pool_counts[i], pool_importance[i] = counts[i], held_importance[s, i]
-            pool_nearest[i] = held_nearest[s, i] if remembers else -1
+            pool_counts[i], pool_importance[i], pool_nearest[i] = counts[i], importance[i], -1
         for i in range(n, total):
             pool_counts[i], pool_nearest[i] = 1, -1
             for band in range(bands):
                 pool_spread[i, band] = 0
-        if metrics.shape[0]:
-            _copy(of_stream(metrics, s), 0, dim, metric, 0)
+        if remembers:
+            nearest = in_memory(places, 5, s, (n,), new_counts)
+            for i in range(n):
+                pool_nearest[i] = nearest[i]
+        if told:
+            _find_moment(codes, scales, rows, metric)
         else:
-            _find_moment(of_stream(codes, s), of_stream(scales, s), rows, metric)
+            _copy(in_memory(places, 10, s, (dim, dim), new_keys), 0, dim, metric, 0)
         odd[s] = not _find_root(metric, root)
         unit = _unit(exact_values, sink)
         where = of_stream(moved, s)
@@ -137,7 +136,7 @@ def absorb(
             if not _find_halves(points[:live], pool_importance, half):
                 odd[s] = True
                 break
-            first, second, nearest = _choose(
+            first, second, others = _choose(
                 points[:live],
                 half[:live],
                 pool_importance[:live],
@@ -150,7 +149,7 @@ def absorb(
             )
             for pair in range(first.size):
                 _merge(first[pair], second[pair], pool_keys, pool_values, pool_counts, pool_spread, pool_importance)
-            kept = _find_places(first, second, nearest, live, left, place, pool_nearest, where)
+            kept = _find_places(first, second, others, live, left, place, pool_nearest, where)
         if not odd[s]:
             for i in range(most):
                 new_counts[s, i], new_importance[s, i] = pool_counts[left[i]], pool_importance[left[i]]
@@ -160,10 +159,10 @@ def absorb(
                     new_nearest[s, i] = pool_nearest[i]
             _settle(pool_keys, left, most, exact_keys, sink, leave, of_stream(new_keys, s))
             _settle(pool_values, left, most, exact_values, sink, leave, of_stream(new_values, s))
-            _copy(of_stream(codes, s), leave, window, of_stream(new_codes, s), 0)
+            _copy(codes, leave, window, of_stream(new_codes, s), 0)
             for i in range(window):
                 last = i >= window - leave
-                new_scales[s, i] = 0 if last else scales[s, i + leave]
+                new_scales[s, i] = 0 if last else scales[i + leave]
                 if last:
                     for t in range(dim):
                         new_codes[s, i, t] = 0
@@ -177,15 +176,6 @@ def _copy(x: Any, start: int, end: int, to: Any, first: int) -> None:
     for i in range(start, end):
         for t in range(x.shape[1]):
             to[first + i - start, t] = x[i, t]
-
-
-@njit(fastmath=_sums, **_options)
-def _product(x: Any, i: int, y: Any, j: int) -> Any:
-    """Inner product of a row of one and a row of the other."""
-    whole = x.dtype.type(0)
-    for t in range(x.shape[1]):
-        whole += x[i, t] * y[j, t]
-    return whole
 
 
 @njit(**_options)
@@ -205,17 +195,17 @@ def _collect(
     for i in range(window):
         length[n + i] = _add_direction(exact, sink + i, one, anchor)
     _copy(exact, sink, sink + leave, keys, n)
-    own = np.sqrt(_product(anchor, 0, anchor, 0))
+    own = np.sqrt(product(anchor, 0, anchor, 0))
     if own > 0:
         for t in range(dim):
             anchor[0, t] /= own
     whole, members = held.dtype.type(0), held.dtype.type(window)
     for i in range(n):
-        away[i] = _away(_product(held, i, anchor, 0) / length[i], one)
+        away[i] = _away(product(held, i, anchor, 0) / length[i], one)
         whole += away[i] * held.dtype.type(counts[i])
         members += held.dtype.type(counts[i])
     for i in range(n, away.size):
-        away[i] = _away(_product(exact, sink + i - n, anchor, 0) / length[i], one)
+        away[i] = _away(product(exact, sink + i - n, anchor, 0) / length[i], one)
         whole += away[i]
     mean = whole / members
     for i in range(n, n + leave):
@@ -227,7 +217,7 @@ def _collect(
 @njit(fastmath=_sums, **_options)
 def _add_direction(keys: Any, i: int, count: Any, anchor: Any) -> Any:
     """Find the length of a key, 1 of a zero, and add its direction to a sum, as often as it counts."""
-    norm = np.sqrt(_product(keys, i, keys, i))
+    norm = np.sqrt(product(keys, i, keys, i))
     norm = norm if norm > 0 else keys.dtype.type(1)
     share = count / norm
     for t in range(keys.shape[1]):
@@ -289,7 +279,7 @@ def _unit(values: Any, sink: int) -> Any:
     """Find the unit of a distance of values; see `subgen.absorbing.value_scale`."""
     whole = values.dtype.type(0)
     for i in range(sink, values.shape[0]):
-        whole += np.sqrt(_product(values, i, values, i))
+        whole += np.sqrt(product(values, i, values, i))
     unit = whole / values.dtype.type((values.shape[0] - sink) * VALUE_WEIGHT**0.5)
     return unit if unit > 0 else values.dtype.type(1)
 
@@ -326,7 +316,7 @@ def _find_halves(points: Any, importance: Any, half: Any) -> bool:
     most = np.sqrt(np.finfo(half.dtype).max) / 4
     tame = True
     for i in range(points.shape[0]):
-        half[i] = half.dtype.type(0.5) * _product(points, i, points, i)
+        half[i] = half.dtype.type(0.5) * product(points, i, points, i)
         tame = tame and half[i] < most and importance[i] > 0
     return tame
 

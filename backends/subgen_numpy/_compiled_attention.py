@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ._compiled_streams import finish, of_stream, take_next, wait
+from ._compiled_streams import finish, in_memory, take_next, wait
 
 __all__ = ["ROWS", "answer"]
 
@@ -38,11 +38,12 @@ _ROOT_HALF = np.int32(0x3F3504F3)
 def answer(
     turns: Any,
     waits: Any,
-    rows: Any,
-    keys: Any,
-    values: Any,
-    counts: Any,
-    spread: Any,
+    places: Any,
+    integers: Any,
+    m: int,
+    n: int,
+    clusters: int,
+    dim: int,
     outputs: Any,
     logsumexp: Any,
 ) -> None:
@@ -54,33 +55,36 @@ def answer(
         Zeros; the same for all threads.
     waits : bool
         Whether to wait for what others do.
-    rows : float32 array, shape (streams, m, head_dim)
-        Scaled queries; m is a multiple of `ROWS`.
-    keys, values : float32 array, shape (streams, n, dim)
-        The clusters come first. Here and below, each stream lies together.
-    counts : int32 array, shape (streams, clusters)
-        0 where a place is free.
-    spread : float32 array, shape (streams, clusters, 4)
-        See `subgen.merging.Means`.
+    places : int64 array, shape (5, 2)
+        Where there are, see `subgen_numpy._compiled_streams.in_memory`, but for the last in float32:
+
+        - scaled queries, shape (streams, m, head_dim): m is a multiple of `ROWS`;
+        - keys, shape (streams, n, head_dim): the clusters come first;
+        - values, shape (streams, n, value_dim);
+        - counts, int32, shape (streams, clusters): 0 where a place is free;
+        - spread, shape (streams, clusters, 4): see `subgen.merging.Means`.
+    integers : int32 array
+    m, n, clusters, dim : int
     outputs, logsumexp : float32 array, shape (streams, rows, value_dim) and (streams, rows)
         Written, of the first of the rows.
     """
-    streams, m, n = rows.shape[0], rows.shape[1], keys.shape[1]
-    logits, sums = np.empty((m, n), _single), np.empty((m, values.shape[2]), _single)
+    streams, value_dim = outputs.shape[0], outputs.shape[2]
+    logits, sums = np.empty((m, n), _single), np.empty((m, value_dim), _single)
     total, peak, energy = np.empty(m, _single), np.empty(m, _single), np.empty((m, 4), _single)
-    log_counts = np.empty(counts.shape[1], _single)
+    log_counts = np.empty(clusters, _single)
     while True:
         s = take_next(turns)
         if s >= streams:
             break
-        _multiply(of_stream(rows, s), of_stream(keys, s), logits)
-        _logarithms(of_stream(counts, s), log_counts)
-        _find_energy(of_stream(rows, s), energy)
-        _add_masses(log_counts, energy, of_stream(spread, s), logits)
+        rows = in_memory(places, 0, s, (m, dim), outputs)
+        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits)
+        _logarithms(in_memory(places, 3, s, (clusters,), integers), log_counts)
+        _find_energy(rows, energy)
+        _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), outputs), logits)
         _find_peaks(logits, peak)
         _exponentials(logits, peak)
         _add_up(logits, total)
-        _weigh(logits, of_stream(values, s), sums)
+        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums)
         for i in range(logsumexp.shape[1]):
             # A row without any weight: an output of zero and a logsumexp of -inf.
             some = total[i] != 0

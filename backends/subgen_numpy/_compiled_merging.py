@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ._compiled_streams import of_stream, stretch
 
-__all__ = ["choose", "edges"]
+__all__ = ["choose", "edges", "product"]
 
 Integers = NDArray[np.int64]
 
@@ -46,15 +46,16 @@ def edges(points: Any, half: Any, weight: Any, nearest: Any, edge: Any) -> None:
         j = nearest[i]
         edge[i] = infinite
         if j >= 0:
-            apart = max(half[i] + half[j] - _product(points, i, j), zero)
+            apart = max(half[i] + half[j] - product(points, i, points, j), zero)
             edge[i] = apart * (weight[i] * weight[j] / (weight[i] + weight[j]))
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"}, **_options)
-def _product(points: Any, i: int, j: int) -> Any:
-    whole = points.dtype.type(0)
-    for t in range(points.shape[1]):
-        whole += points[i, t] * points[j, t]
+def product(x: Any, i: int, y: Any, j: int) -> Any:
+    """Inner product of a row of one and a row of the other, summed in any order."""
+    whole = x.dtype.type(0)
+    for t in range(x.shape[1]):
+        whole += x[i, t] * y[j, t]
     return whole
 
 

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-__all__ = ["finish", "of_stream", "stretch", "take_next", "wait"]
+__all__ = ["finish", "in_memory", "of_stream", "stretch", "take_next", "wait"]
 
 
 @intrinsic
@@ -29,11 +29,47 @@ def _add(context: Any, numbers: Any, place: Any, added: Any) -> Any:
 
 
 @intrinsic
-def of_stream(context: Any, x: Any, stream: Any) -> Any:
-    """Give a stream of an array each of whose streams lies together, as loops know it, and without counting owners.
+def _at(context: Any, address: Any, shape: Any, like: Any) -> Any:
+    """Give the array of a shape that begins at an address, of the dtype of another."""
+    one = types.Array(like.dtype, shape.count, "C")
 
-    Whatever lies between the streams, as the room behind the clusters and pairs of each.
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        result = context.make_array(one)(context, builder)
+        data = builder.inttoptr(given[0], result.data.type)
+        sizes = cgutils.unpack_tuple(builder, given[1])
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(like.dtype)))
+        steps = [itemsize]
+        for size in reversed(sizes[1:]):
+            steps.insert(0, builder.mul(steps[0], size))
+        populate_array(result, data, sizes, steps, itemsize, meminfo=None)
+        return result._getvalue()
+
+    return one(types.int64, shape, like), generate
+
+
+@njit(nogil=True, cache=True)
+def in_memory(places: Any, which: int, stream: int, shape: Any, like: Any) -> Any:
+    """Give a stream of one of several arrays.
+
+    Whatever lies between the streams, and whether anybody may write there: loops know one kind of array, and are
+    compiled once.
+
+    Parameters
+    ----------
+    places : int64 array, shape (arrays, 2)
+        From `subgen_numpy._compiled.in_memory`.
+    which, stream : int
+    shape : tuple of int
+        Of the stream.
+    like : array
+        Of the dtype.
     """
+    return _at(places[which, 0] + stream * places[which, 1], shape, like)
+
+
+@intrinsic
+def of_stream(context: Any, x: Any, stream: Any) -> Any:
+    """Give a stream of an array each of whose streams lies together, without counting owners."""
     one = types.Array(x.dtype, x.ndim - 1, "C")
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
