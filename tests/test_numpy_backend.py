@@ -344,6 +344,11 @@ def test_streams_are_shared_out_and_errors_come_back() -> None:
         _threads.by_streams(work, 3, 3)  # as before
         assert len(done) == 3
 
+    together = threading.Barrier(3, timeout=30)
+    with subgen_numpy.at_most(3):
+        _threads.by_streams(lambda stream: together.wait(), 3, 3)
+        _threads.by_streams(lambda stream: None, 3, 1)
+
 
 def test_blas_has_its_threads_back_whoever_comes_last() -> None:
     controlled = pytest.importorskip("threadpoolctl").ThreadpoolController().select(user_api="blas")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, Token
-from functools import cache, partial
+from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -89,6 +89,8 @@ def helped(work: Callable[[NDArray[np.int64], bool], Any], most: int, *, blas: b
     turns, errors = np.zeros(2, np.int64), []
 
     def help_out() -> None:
+        if turns[0] >= _ALL:  # all was done before this thread was free
+            return
         try:
             work(turns, False)
         except BaseException as error:
@@ -102,6 +104,7 @@ def helped(work: Callable[[NDArray[np.int64], bool], Any], most: int, *, blas: b
     else:  # a token's, where a context takes as long as all else here
         _helpers.ask(help_out, min(threads(), most) - 1)
         work(turns, True)
+    turns[0] = _ALL
     if errors:
         raise errors[0]
 
@@ -153,16 +156,16 @@ def by_streams(work: Callable[[int], Any], streams: int, most: int, *, blas: boo
                 future.set_result(None)
 
     with _as_many(min(streams, most), blas) as n:
-        helpers: list[Future[None]] = [Future() for _ in range(n - 1)]
-        for helper in helpers:
-            _helpers.ask(partial(noted, helper), 1)
+        futures: list[Future[None]] = [Future() for _ in range(n - 1)]
+        asked = deque(futures)
+        _helpers.ask(lambda: noted(asked.popleft()), len(futures))
         try:
             take()
         finally:
             todo.clear()
-            for helper in helpers:
-                if not helper.cancel():  # it has begun
-                    helper.result()
+            for future in futures:
+                if not future.cancel():  # it has begun
+                    future.result()
 
 
 class _Helpers:
