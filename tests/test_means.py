@@ -63,6 +63,8 @@ def assert_same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize(("shape", "group"), [((), 1), ((2,), 3), ((2, 2), 1)])
 def test_exact_attention_while_nothing_is_merged(library: Library, shape: tuple[int, ...], group: int) -> None:
+    if library.name == "jax" and group == 1:
+        pytest.skip("JAX compiles for every shape")
     q, k, v = stream(0, shape, 30, group=group)
     sketch = AttentionSketch(max_clusters=20, window=8, sink=4)
     mine = [library.array(x) for x in (q, k, v)]
