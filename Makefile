@@ -55,6 +55,7 @@ BENCH ?= ^(?!growth)
 ASV = cd asv_benchmarks && $(abspath $(BIN))/asv
 
 bench: $(VENV)/.test
+	$(ASV) machine --yes
 	$(ASV) run --environment existing:$(abspath $(BIN))/python --quick --show-stderr --dry-run --bench '$(BENCH)'
 
 # Each commit in an environment of its own, in turns; fails where something takes FACTOR times as long or as much.
