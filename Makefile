@@ -55,14 +55,14 @@ BENCH ?= ^(?!growth)
 ASV = cd asv_benchmarks && $(abspath $(BIN))/asv
 
 bench: $(VENV)/.test
-	$(ASV) machine --yes
+	$(ASV) machine --yes > /dev/null
 	$(ASV) run --environment existing:$(abspath $(BIN))/python --quick --show-stderr --dry-run --bench '$(BENCH)'
 
 # Each commit in an environment of its own, in turns; fails where something takes FACTOR times as long or as much.
 BASE ?= main
 FACTOR ?= 1.25
 bench-compare: $(VENV)/.test
-	$(ASV) machine --yes
+	$(ASV) machine --yes > /dev/null
 	$(ASV) continuous --factor $(FACTOR) --interleave-rounds --show-stderr --bench '$(BENCH)' $(BASE) HEAD
 
 floors: $(VENV)/.test
