@@ -101,7 +101,9 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=1024)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--layers", type=int, default=48, help="sketches that are asked one after the other")
-    parser.add_argument("--steps", type=int, default=64, help="tokens of each of them, and of the streams compared")
+    parser.add_argument(
+        "--steps", type=int, default=64, help="tokens of each of them, and a sixteenth of those of streams compared"
+    )
     parser.add_argument("--contexts", type=int, nargs="*", default=[2**16, 2**20])
     parser.add_argument("--prompt", type=int, default=2**15, help="tokens absorbed at once; 0 skips it")
     parser.add_argument("--flat", type=int, nargs="*", default=[10**4, 10**6], help="lengths to compare steps at")

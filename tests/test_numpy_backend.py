@@ -50,10 +50,9 @@ def given(
     dtype: Any = np.float32,
     nearest: float | None = None,
     asked: float = 1.0,
-    seed: int = SEED,
 ) -> list[Any]:
     """Arguments of `absorb` up to the scale; a share of the clusters remembers another."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     (dim, value_dim), (sink, window) = dims, room
 
     def normal(*shape: int) -> NDArray[Any]:

@@ -17,20 +17,17 @@ from subgen.absorbing import VALUE_WEIGHT
 from subgen.metric import LEAST_ANGLE, RIDGE
 
 from ._compiled_merging import choose, edges, product
-from ._compiled_streams import finish, in_memory, of_stream, take_next, wait
+from ._compiled_streams import OPTIONS, SUMS, finish, in_memory, of_stream, take_next, wait
 
 __all__ = ["absorb"]
 
-_options = {"cache": True, "nogil": True, "error_model": "numpy"}
-# Sums in any order, and fused with products. NaN and infinity are what they are.
-_sums = {"reassoc", "contract", "nsz"}
 # Rows at a time of the product of all points with each other: of each block the part from its diagonal on is computed.
 _BLOCK = 288
 # Rows and columns that are mirrored at once.
 _TILE = 32
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def absorb(
     turns: Any,
     waits: Any,
@@ -171,14 +168,14 @@ def absorb(
         wait(turns, streams)
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _copy(x: Any, start: int, end: int, to: Any, first: int) -> None:
     for i in range(start, end):
         for t in range(x.shape[1]):
             to[first + i - start, t] = x[i, t]
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _collect(
     held: Any, counts: Any, exact: Any, sink: int, leave: int, weight: float, keys: Any, importance: Any
 ) -> None:
@@ -195,17 +192,17 @@ def _collect(
     for i in range(window):
         length[n + i] = _add_direction(exact, sink + i, one, anchor)
     _copy(exact, sink, sink + leave, keys, n)
-    own = np.sqrt(product(anchor, 0, anchor, 0))
+    own = np.sqrt(product(anchor, 0, anchor, 0, dim))
     if own > 0:
         for t in range(dim):
             anchor[0, t] /= own
     whole, members = held.dtype.type(0), held.dtype.type(window)
     for i in range(n):
-        away[i] = _away(product(held, i, anchor, 0) / length[i], one)
+        away[i] = _away(product(held, i, anchor, 0, dim) / length[i], one)
         whole += away[i] * held.dtype.type(counts[i])
         members += held.dtype.type(counts[i])
     for i in range(n, away.size):
-        away[i] = _away(product(exact, sink + i - n, anchor, 0) / length[i], one)
+        away[i] = _away(product(exact, sink + i - n, anchor, 0, dim) / length[i], one)
         whole += away[i]
     mean = whole / members
     for i in range(n, n + leave):
@@ -214,10 +211,10 @@ def _collect(
         importance[i] = ratio * ratio * ratio * ratio * weight
 
 
-@njit(fastmath=_sums, **_options)
+@njit(fastmath=SUMS, **OPTIONS)
 def _add_direction(keys: Any, i: int, count: Any, anchor: Any) -> Any:
     """Find the length of a key, 1 of a zero, and add its direction to a sum, as often as it counts."""
-    norm = np.sqrt(product(keys, i, keys, i))
+    norm = np.sqrt(product(keys, i, keys, i, keys.shape[1]))
     norm = norm if norm > 0 else keys.dtype.type(1)
     share = count / norm
     for t in range(keys.shape[1]):
@@ -225,13 +222,13 @@ def _add_direction(keys: Any, i: int, count: Any, anchor: Any) -> Any:
     return norm
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _away(cosine: Any, one: Any) -> Any:
     """Compute 1 - cos; 1 where it is beyond the dtype."""
     return one - cosine if np.isfinite(cosine) else one
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _find_moment(codes: Any, scales: Any, rows: Any, moment: Any) -> None:
     """Find the second moment of queries, with a ridge; see `subgen.metric.query_moment`."""
     for i in range(rows.shape[0]):
@@ -248,14 +245,14 @@ def _find_moment(codes: Any, scales: Any, rows: Any, moment: Any) -> None:
         moment[i, i] += ridge
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _find_root(metric: Any, root: Any) -> bool:
     """Find the lower triangle whose product with its transpose is the metric (Cholesky); whether there is one."""
     for i in range(metric.shape[0]):
         for j in range(i):
             # On the diagonal there are inverses, at first.
-            root[i, j] = (metric[i, j] - _start_product(root, i, j, j)) * root[j, j]
-        square = metric[i, i] - _start_product(root, i, i, i)
+            root[i, j] = (metric[i, j] - product(root, i, root, j, j)) * root[j, j]
+        square = metric[i, i] - product(root, i, root, i, i)
         if not (square > 0 and square < np.inf):
             return False
         root[i, i] = 1 / np.sqrt(square)
@@ -266,25 +263,17 @@ def _find_root(metric: Any, root: Any) -> bool:
     return True
 
 
-@njit(fastmath=_sums, **_options)
-def _start_product(x: Any, i: int, j: int, size: int) -> Any:
-    whole = x.dtype.type(0)
-    for t in range(size):
-        whole += x[i, t] * x[j, t]
-    return whole
-
-
-@njit(**_options)
+@njit(**OPTIONS)
 def _unit(values: Any, sink: int) -> Any:
     """Find the unit of a distance of values; see `subgen.absorbing.value_scale`."""
     whole = values.dtype.type(0)
     for i in range(sink, values.shape[0]):
-        whole += np.sqrt(product(values, i, values, i))
+        whole += np.sqrt(product(values, i, values, i, values.shape[1]))
     unit = whole / values.dtype.type((values.shape[0] - sink) * VALUE_WEIGHT**0.5)
     return unit if unit > 0 else values.dtype.type(1)
 
 
-@njit(fastmath=_sums, **_options)
+@njit(fastmath=SUMS, **OPTIONS)
 def _map(keys: Any, values: Any, counts: Any, root: Any, unit: Any, centred: Any, mapped: Any, points: Any) -> None:
     """Find points whose squared distances are those of keys in the metric and of values together."""
     n, dim = keys.shape
@@ -310,18 +299,18 @@ def _map(keys: Any, values: Any, counts: Any, root: Any, unit: Any, centred: Any
             points[i, dim + t] = values[i, t] * share
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _find_halves(points: Any, importance: Any, half: Any) -> bool:
     """Find half of the square of each point; whether these, and importance, are such that costs are finite."""
     most = np.sqrt(np.finfo(half.dtype).max) / 4
     tame = True
     for i in range(points.shape[0]):
-        half[i] = half.dtype.type(0.5) * product(points, i, points, i)
+        half[i] = half.dtype.type(0.5) * product(points, i, points, i, points.shape[1])
         tame = tame and half[i] < most and importance[i] > 0
     return tame
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _choose(
     points: Any,
     half: Any,
@@ -360,7 +349,7 @@ def _choose(
     return choose(costs, bits, new[:m], half, importance, nearest, edge_bits, surplus)
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _multiply_all(points: Any, products: Any) -> None:
     """Find the products of all points with each other, exactly symmetric."""
     n = points.shape[0]
@@ -379,7 +368,7 @@ def _multiply_all(points: Any, products: Any) -> None:
                     products[i, j] = products[j, i]
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _merge(i: int, j: int, keys: Any, values: Any, counts: Any, spread: Any, importance: Any) -> None:
     """Merge a cluster into another; see `subgen.merging`."""
     dim, bands = keys.shape[1], spread.shape[1]
@@ -399,7 +388,7 @@ def _merge(i: int, j: int, keys: Any, values: Any, counts: Any, spread: Any, imp
     importance[i] += importance[j]
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _keep(left: Any, keys: Any, values: Any, counts: Any, spread: Any, importance: Any) -> None:
     """Move those that stay together, in their order."""
     for i in range(left.size):
@@ -413,7 +402,7 @@ def _keep(left: Any, keys: Any, values: Any, counts: Any, spread: Any, importanc
             spread[i, t] = spread[j, t]
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _find_places(
     first: Any, second: Any, nearest: Any, live: int, left: Any, place: Any, new_nearest: Any, where: Any
 ) -> int:
@@ -437,7 +426,7 @@ def _find_places(
     return kept
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _settle(pool: Any, left: Any, most: int, exact: Any, sink: int, leave: int, to: Any) -> None:
     """Put those that stay before the exact tokens, and zeros in the room of those that have left."""
     for i in range(most):

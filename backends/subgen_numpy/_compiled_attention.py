@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ._compiled_streams import finish, in_memory, take_next, wait
+from ._compiled_streams import OPTIONS, SUMS, finish, in_memory, take_next, wait
 
 __all__ = ["ROWS", "answer"]
 
@@ -20,9 +20,6 @@ ROWS = 4
 
 # Numbers compared at once.
 _LANES = 16
-_options = {"cache": True, "nogil": True, "error_model": "numpy"}
-# Sums in any order, and fused with products. NaN and infinity are what they are.
-_sums = {"reassoc", "contract", "nsz"}
 _single = np.float32
 # Weights below e^-88, the least normal number of float32, are zeros.
 _LEAST = _single(-88.0296919)
@@ -34,7 +31,7 @@ _LOG_2, _LOG_2_REST = _single(0.693359375), _single(-2.12194440e-4)
 _ROOT_HALF = np.int32(0x3F3504F3)
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def answer(
     turns: Any,
     waits: Any,
@@ -97,7 +94,7 @@ def answer(
         wait(turns, streams)
 
 
-@njit(fastmath=_sums, **_options)
+@njit(fastmath=SUMS, **OPTIONS)
 def _multiply(rows: Any, keys: Any, logits: Any) -> None:
     """Inner products of rows and keys."""
     n, dim = keys.shape
@@ -131,7 +128,7 @@ def _multiply(rows: Any, keys: Any, logits: Any) -> None:
                 logits[r, k] = a0
 
 
-@njit(fastmath={"contract"}, **_options)
+@njit(fastmath={"contract"}, **OPTIONS)
 def _logarithms(counts: Any, logs: Any) -> None:
     """Compute logarithms of counts, -inf of 0.
 
@@ -160,7 +157,7 @@ def _logarithms(counts: Any, logs: Any) -> None:
         logs[j] = x + y + logs[j] * _LOG_2 if counts[j] > 0 else -_INFINITE
 
 
-@njit(fastmath=_sums, **_options)
+@njit(fastmath=SUMS, **OPTIONS)
 def _find_energy(rows: Any, energy: Any) -> None:
     """Find half the squared length of each row in each band of coordinates, as many as spread has."""
     m, dim = rows.shape
@@ -173,7 +170,7 @@ def _find_energy(rows: Any, energy: Any) -> None:
             energy[i, band] = _single(0.5) * whole
 
 
-@njit(fastmath=_sums, **_options)
+@njit(fastmath=SUMS, **OPTIONS)
 def _add_masses(log_counts: Any, energy: Any, spread: Any, logits: Any) -> None:
     """Add the log-weights of clusters, ``log n + min(variance / 2, log n)``; see `subgen.mass.log_weights`."""
     for i in range(0, logits.shape[0], ROWS):
@@ -194,7 +191,7 @@ def _add_masses(log_counts: Any, energy: Any, spread: Any, logits: Any) -> None:
             logits[i + 3, j] += (most if most < d else d) + most
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _find_peaks(logits: Any, peak: Any) -> None:
     """Find the largest logit of each row; 0 where there is none."""
     m, n = logits.shape
@@ -213,7 +210,7 @@ def _find_peaks(logits: Any, peak: Any) -> None:
         peak[i] = most if most > -_INFINITE else _single(0)
 
 
-@njit(fastmath={"contract"}, **_options)
+@njit(fastmath={"contract"}, **OPTIONS)
 def _exponentials(logits: Any, peak: Any) -> None:
     """Turn logits into weights, the largest of each row 1.
 
@@ -240,7 +237,7 @@ def _exponentials(logits: Any, peak: Any) -> None:
             logits[i, j] *= power[j]
 
 
-@njit(fastmath=_sums, **_options)
+@njit(fastmath=SUMS, **OPTIONS)
 def _add_up(weights: Any, total: Any) -> None:
     """Sum up the weights of each row."""
     for i in range(weights.shape[0]):
@@ -250,7 +247,7 @@ def _add_up(weights: Any, total: Any) -> None:
         total[i] = whole
 
 
-@njit(fastmath=_sums, **_options)
+@njit(fastmath=SUMS, **OPTIONS)
 def _weigh(weights: Any, values: Any, sums: Any) -> None:
     """Sum values by weight."""
     n, dim = values.shape

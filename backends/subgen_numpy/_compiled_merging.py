@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from ._compiled_streams import of_stream, stretch
+from ._compiled_streams import OPTIONS, SUMS, of_stream, stretch
 
 __all__ = ["choose", "edges", "product"]
 
@@ -23,12 +23,11 @@ Integers = NDArray[np.int64]
 
 # Neighbours among which the cheapest partner of a new cluster is remembered.
 _SPAN = 128
-_options = {"cache": True, "nogil": True, "error_model": "numpy"}
 # No number is NaN, and zeros have no sign: several are compared at once.
 _compares = {"nnan", "nsz"}
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def edges(points: Any, half: Any, weight: Any, nearest: Any, edge: Any) -> None:
     """Find what it costs to merge each with whom it remembers, without gathering either.
 
@@ -46,20 +45,20 @@ def edges(points: Any, half: Any, weight: Any, nearest: Any, edge: Any) -> None:
         j = nearest[i]
         edge[i] = infinite
         if j >= 0:
-            apart = max(half[i] + half[j] - product(points, i, points, j), zero)
+            apart = max(half[i] + half[j] - product(points, i, points, j, points.shape[1]), zero)
             edge[i] = apart * (weight[i] * weight[j] / (weight[i] + weight[j]))
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, **_options)
-def product(x: Any, i: int, y: Any, j: int) -> Any:
-    """Inner product of a row of one and a row of the other, summed in any order."""
+@njit(fastmath=SUMS, **OPTIONS)
+def product(x: Any, i: int, y: Any, j: int, size: int) -> Any:
+    """Inner product of the first numbers of a row of one and a row of the other, summed in any order."""
     whole = x.dtype.type(0)
-    for t in range(x.shape[1]):
+    for t in range(size):
         whole += x[i, t] * y[j, t]
     return whole
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def choose(
     costs: Any, bits: Any, new: Any, half: Any, weight: Any, nearest: Any, edge: Any, surplus: int
 ) -> tuple[Integers, Integers, Integers]:
@@ -181,7 +180,7 @@ def choose(
     return first[:pairs], second[:pairs], left
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _mirror(products: Any, new: Any) -> None:
     """Make products of new ones with each other symmetric, as mutual neighbours need."""
     for r in range(new.size):
@@ -189,7 +188,7 @@ def _mirror(products: Any, new: Any) -> None:
             products[before, new[r]] = products[r, new[before]]
 
 
-@njit(fastmath=_compares, **_options)
+@njit(fastmath=_compares, **OPTIONS)
 def _fill(costs: Any, new: Any, half: Any, weight: Any, offered: Any, least_offered: Any) -> None:
     """Turn products into costs, and give every cluster the cheapest of the new ones, or of each span of them."""
     m, n = costs.shape
@@ -210,7 +209,7 @@ def _fill(costs: Any, new: Any, half: Any, weight: Any, offered: Any, least_offe
             partner[j] = i if closer else partner[j]
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _turn(x: Any, turned: Any) -> None:
     """Transpose, in tiles that fit the cache."""
     m, n = x.shape
@@ -220,14 +219,14 @@ def _turn(x: Any, turned: Any) -> None:
                 turned[j, r] = x[r, j]
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _offer(to: int, who: int, price: Any, partner: Any, cost: Any) -> None:
     """Take a partner if it is cheaper, or of equal ones the first."""
     if price < cost[to] or (price == cost[to] and who < partner[to]):
         partner[to], cost[to] = who, price
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _least(prices: Any, penalty: Any) -> Any:
     """Find the first of the least, and it: a pass for the least, and one for its place."""
     least = max(prices[0], penalty[0])
@@ -240,7 +239,7 @@ def _least(prices: Any, penalty: Any) -> Any:
     return place, least
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _search(costs: Any, penalty: Any, place: Any, least: Any, r: int, span: int) -> None:
     """Look for the cheapest in a span."""
     start = span * _SPAN
@@ -249,7 +248,7 @@ def _search(costs: Any, penalty: Any, place: Any, least: Any, r: int, span: int)
     place[r, span] = start + where
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _cheapest(costs: Any, penalty: Any, place: Any, least: Any, r: int, infinite: Any) -> Any:
     """Find the cheapest partner of a new cluster that is not taken, and its cost.
 
@@ -265,7 +264,7 @@ def _cheapest(costs: Any, penalty: Any, place: Any, least: Any, r: int, infinite
         _search(costs, penalty, place, least, r, span)
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _look(
     i: int,
     turned: Any,

@@ -1,4 +1,4 @@
-"""What numba lacks: numbers that threads share, and parts of arrays that loops know to lie together.
+"""How loops are compiled, and what numba lacks: numbers that threads share, and parts of arrays that lie together.
 
 A slice of an array, to numba, counts as an owner, which takes longer than what short loops do with it, and may begin
 at a negative place, which keeps loops from working on many numbers at once.
@@ -13,7 +13,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-__all__ = ["finish", "in_memory", "of_stream", "stretch", "take_next", "wait"]
+__all__ = ["OPTIONS", "SUMS", "finish", "in_memory", "of_stream", "stretch", "take_next", "wait"]
+
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+#: Sums in any order, and fused with products. NaN and infinity are what they are.
+SUMS = {"reassoc", "contract", "nsz"}
 
 
 @intrinsic
@@ -47,7 +51,7 @@ def _at(context: Any, address: Any, shape: Any, like: Any) -> Any:
     return one(types.int64, shape, like), generate
 
 
-@njit(nogil=True, cache=True)
+@njit(**OPTIONS)
 def in_memory(places: Any, which: int, stream: int, shape: Any, like: Any) -> Any:
     """Give a stream of one of several arrays.
 
@@ -98,19 +102,19 @@ def stretch(context: Any, x: Any, start: Any, end: Any) -> Any:
     return x(x, types.intp, types.intp), generate
 
 
-@njit(nogil=True, cache=True)
+@njit(**OPTIONS)
 def take_next(turns: Any) -> Any:
     """Take the number of the next stream, from two numbers that all threads share and that begin with 0."""
     return _add(turns, 0, 1)
 
 
-@njit(nogil=True, cache=True)
+@njit(**OPTIONS)
 def finish(turns: Any) -> None:
     """Tell that a stream is done."""
     _add(turns, 1, 1)
 
 
-@njit(nogil=True, cache=True)
+@njit(**OPTIONS)
 def wait(turns: Any, streams: Any) -> None:
     """Wait until all are done: never longer than another thread takes for one."""
     while _add(turns, 1, 0) < streams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from subgen_numpy import BACKEND
 from torch import Tensor
 
 from subgen import tail
@@ -23,7 +24,7 @@ def write(x: Tensor, start: int, block: Tensor) -> Tensor:
         return written
     if x.device.type == "cpu":
         # As NumPy does it: torch wakes its threads for a few tokens, and they go on spinning beside those that absorb.
-        shared(x)[:, start : start + block.shape[1]] = shared(block)
+        BACKEND.operations["write"](shared(x), start, shared(block))
     else:
         x.narrow(1, start, block.shape[1]).copy_(block)
     return x

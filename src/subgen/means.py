@@ -351,6 +351,7 @@ class ClusterMeans:
             held = replace(held, nearest=nobody(held.counts))
         exact = slice(state.n_means, None)
         keys, values = state.keys[:, exact, :], state.values[:, exact, :]
+        rest = replace(state, n_exact=state.n_exact - self.block, asked=state.asked[self.block :])
         if self.delta is None:
             absorbed = ops.absorb(
                 held,
@@ -367,7 +368,7 @@ class ClusterMeans:
                 ops,
             )
             moved = absorbed.moved
-            after = self._settled(state, absorbed.settled, absorbed.counts, None, absorbed.nearest)
+            after = self._settled(rest, absorbed.settled, absorbed.counts, None, absorbed.nearest)
         else:
             window = slice(self.sink, None)
             pool, value_scale = ops.collect(
@@ -376,7 +377,7 @@ class ClusterMeans:
             pool, joined = self.pool(pool, held.counts.shape[1], ops)
             most = self.most(state, state.n_seen, pool.counts.shape[1])
             merged, moved = ops.merge_closest(pool, self.metric(state, ops), value_scale, most, most)
-            after = self.rebuild(state, merged, keys, values, self.block, ops)
+            after = self.rebuild(rest, merged, keys, values, self.block, ops)
         residual = state.residual
         if residual is not None:
             if self.delta is None:
@@ -387,8 +388,7 @@ class ClusterMeans:
             residual = sample_tokens(
                 residual, keys[:, leaves, :], values[:, leaves, :], joined, moved, offered, key, ops
             )
-        n_exact = state.n_exact - self.block
-        return replace(after, n_exact=n_exact, asked=state.asked[self.block :], residual=residual, tail=Tail(n_exact))
+        return replace(after, residual=residual)
 
     def metric(self, state: MeansState, ops: Operations) -> Array:
         """Which differences of keys matter, by the queries in the window: ``(streams, head_dim, head_dim)``."""
