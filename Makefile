@@ -100,7 +100,8 @@ examples-rivals: $(RIVALS)/.done
 
 # Warnings of whatever releases are there are no errors here.
 test-gpu:
-	$(GPU_PYTHON) -m pytest -W default -m gpu tests/test_cuda_kernels.py tests/test_cuda_gpu.py
+	$(GPU_PYTHON) -m pytest -W default -m gpu tests/test_cuda_kernels.py tests/test_cuda_decoder.py \
+	  tests/test_cuda_gpu.py
 
 bench-gpu:
 	$(GPU_PYTHON) asv_benchmarks/gpu.py --output build/gpu

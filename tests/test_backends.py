@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,48 @@ def test_what_is_settled_is_new_and_the_same_in_every_library(library: Library, 
     assert (got.key_codes is None) == (got.value_codes is None) == (not coded)
     if coded:
         np.testing.assert_array_equal(to_numpy(got.key_codes.codes), expected.key_codes.codes)
+
+
+@pytest.mark.parametrize("n_exact", [0, 2, 3, 8])
+@pytest.mark.parametrize("clusters", [0, 20])
+@pytest.mark.parametrize("library", LIBRARIES.values(), ids=repr)
+def test_a_token_is_written_and_answered_alike_in_every_library(library: Library, clusters: int, n_exact: int) -> None:
+    """Behind the exact tokens, with one of its queries if it is no sink; the other places are as they were."""
+    pytest.importorskip(library.module)
+    rng = np.random.default_rng(n_exact)
+    sink, window, d, group, n_seen = 3, 6, 8, 4, clusters + n_exact
+    keys, values = (rng.normal(size=(2, clusters + sink + window, width)).astype(np.float32) for width in (d, 5))
+    codes, scales = rng.integers(-127, 128, size=(2, window, d)).astype(np.int8), rng.random((2, window), np.float32)
+    counts, spread = rng.integers(0, 4, size=(2, clusters)).astype(np.int32), rng.random((2, clusters, 4), np.float32)
+    token = [rng.normal(size=(2, n, width)).astype(np.float32) for n, width in ((group, d), (1, d), (1, 5))]
+    empty = subgen.AttentionSketch(max_clusters=20, window=window, sink=sink)
+    empty.update(*(library.array(np.zeros((2, 1, width), np.float32)) for width in (d, 5)))
+    held = replace(
+        empty.state,  # type: ignore[type-var]
+        **{name: library.array(x) for name, x in (("keys", keys), ("values", values), ("counts", counts))},
+        spread=library.array(spread),
+        queries=Codes(library.array(codes), library.array(scales)),
+        n_exact=n_exact,
+        n_seen=n_seen,
+    )
+    given = [library.array(x) for x in token]
+    ops = backends.operations_for(given[0])
+    got = ops.decode(held, *given, 0.3, ops)
+    place = clusters + n_exact
+    for mine, old, row in ((got.keys, keys, token[1]), (got.values, values, token[2])):
+        expected = old.copy()
+        expected[:, place] = row[:, 0]
+        np.testing.assert_array_equal(to_numpy(mine), expected)
+    rows = token[0] * np.float32(0.3)
+    if n_exact >= sink:
+        kept = PORTABLE["quantize"](rows[:, n_seen % group][:, None], np.dtype("float32"))
+        codes[:, n_exact - sink], scales[:, n_exact - sink] = kept.codes[:, 0], kept.scales[:, 0]
+    np.testing.assert_array_equal(to_numpy(got.queries.codes), codes)
+    np.testing.assert_allclose(to_numpy(got.queries.scales), scales, rtol=1e-6)
+    keys[:, place], values[:, place] = token[1][:, 0], token[2][:, 0]
+    pairs = keys[:, : place + 1], values[:, : place + 1]
+    outputs, _ = PORTABLE["sketch_attention"](rows, *pairs, counts, spread, 1)
+    np.testing.assert_allclose(to_numpy(got.outputs), outputs, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", replacing("sketch_attention"), ids=lambda b: b.name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from subgen_cupy._absorbing import absorbing_module
 from subgen_cupy._attention import attention_module
+from subgen_cupy._decoding import decoding_module
 from subgen_cupy._launch import Module
 from subgen_cupy._leaders import leaders_module
 from subgen_cupy._merging import MERGING
@@ -33,6 +34,12 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
             ("float32", "float16", 128, 4, 168),
         ]
     },
+    # A token that comes in: queries as they came, answers in the dtype of the input.
+    "token_bfloat16": (
+        attention_module("bfloat16", "bfloat16", 128, 128, 4, 4, "bfloat16", "bfloat16"),
+        {"attend_split": 168, "attend_join": 64},
+    ),
+    "decoding": (decoding_module("bfloat16", "bfloat16"), {"count_tokens": 16, "take_in": 48}),
     "threefry": (THREEFRY, {"threefry2x32": 32}),
     "rounding": (ROUNDING, {"quantize": 48}),
     "leaders": (leaders_module("float16"), {"nearest_centres": 128, "open_leaders": 64}),
@@ -172,6 +179,7 @@ def test_the_kernels_are_package_data() -> None:
         "absorbing.cu",
         "attention.cu",
         "common.cuh",
+        "decoding.cu",
         "leaders.cu",
         "merging.cu",
         "rounding.cu",

@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import subgen_cupy
-from subgen_cupy import _cupy
+from subgen_cupy import _cupy, _torch
 from subgen_cupy._launch import Module
 
+from subgen import backends
 from subgen._array import FloatInfo, finfo, is_floating, itemsize
 from subgen.backends import PORTABLE
 from subgen.merging import Means
@@ -101,13 +102,14 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         empty=lambda shape, dtype: on_device(np.empty(shape, dtype)),
         ascontiguousarray=lambda x: on_device(np.ascontiguousarray(x)),
         RawModule=RawModule,
+        ndarray=type("ndarray", (), {}),  # array_api_compat asks whether others are of it
         entered=entered,
         cuda=types.SimpleNamespace(Device=device, compiler=types.SimpleNamespace(CompileException=CompileError)),
         # Nothing of linear algebra: CuPy refuses cuBLAS while a graph is recorded.
         broadcast_arrays=lambda *x: np.broadcast_arrays(*x, subok=True),
     )
     monkeypatch.setitem(sys.modules, "cupy", module)
-    caches = (_cupy._function, _cupy._module, _cupy._multiprocessors)
+    caches = (_cupy._function, _cupy._module, _cupy.multiprocessors_of, _cupy.stream_at)
     for cached in caches:
         cached.cache_clear()
     yield module
@@ -254,6 +256,73 @@ def test_tokens_are_collected_by_kernels_and_in_float64_by_the_portable_code(dty
         if mine is not None:
             assert mine.dtype == portable.dtype
             np.testing.assert_allclose(mine, portable, rtol=2e-4)
+
+
+@pytest.mark.parametrize("release", [13, 14])
+def test_tensors_of_torch_are_computed_on_by_the_same_kernels_on_torchs_stream(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, release: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    streams: list[tuple[int, ...]] = []
+
+    class Stream:
+        def __init__(self, *which: int) -> None:
+            self.which = which
+
+        def __enter__(self) -> None:
+            streams.append(self.which)
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    # CuPy 13 knows streams of others by their address, CuPy 14 by the protocol of CUDA streams.
+    cupy.cuda.ExternalStream = Stream if release == 13 else None
+    cupy.cuda.Stream = types.SimpleNamespace()
+    if release == 14:
+        cupy.cuda.Stream.from_external = lambda foreign: Stream(*foreign.__cuda_stream__())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda number: types.SimpleNamespace(cuda_stream=7 + number))
+    device = _torch.TorchDevice(1)
+    assert device.multiprocessors == 4
+    monkeypatch.setattr(_torch.TorchDevice, "where", "cpu")
+    monkeypatch.setattr(_torch, "on_cuda", lambda x: True)
+    monkeypatch.setattr(_torch, "device_of", lambda x: device)
+    operations = subgen_cupy.torch_backend().operations
+    rng = np.random.default_rng(4)
+    words = [torch.from_numpy(x) for x in (*rng.integers(0, 1 << 32, (2, 3, 1)), *rng.integers(0, 1 << 32, (2, 1, 5)))]
+    for mine, portable in zip(operations["threefry2x32"](*words), PORTABLE["threefry2x32"](*words), strict=True):
+        assert torch.equal(mine, portable)
+    x = torch.from_numpy(rng.normal(size=(2, 9, 37)).astype(np.float32)).requires_grad_()
+    got, expected = operations["quantize"](x, x.dtype), PORTABLE["quantize"](x.detach(), x.dtype)
+    assert torch.equal(got.codes, expected.codes)
+    assert torch.equal(got.scales, expected.scales)
+    assert streams == [(8, 1) if release == 13 else (0, 8)] * 2
+    assert set(cupy.entered) == {1}
+    # Where no kernel serves, torch's own backend does; and what is on a CPU it serves as before.
+    wide = x.double().detach()
+    assert torch.equal(operations["quantize"](wide, wide.dtype).codes, PORTABLE["quantize"](wide, wide.dtype).codes)
+    monkeypatch.setattr(_torch, "on_cuda", lambda x: False)
+    assert torch.equal(operations["quantize"](x, x.dtype).codes, expected.codes)
+    own = backends.get("torch").operations
+    assert operations["write"] is own["write"]
+    assert operations["absorb"] is own["absorb"]
+    assert len(streams) == 2
+
+
+def test_views_of_tensors_are_packed() -> None:
+    torch = pytest.importorskip("torch")
+    device, wide = _torch.TorchDevice(0), torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    assert device.packed(wide) is wide
+    for view in (wide, wide[:, 1:], wide.T, wide.ravel()[1:9]):
+        packed = device.packed(view)
+        assert packed.is_contiguous()
+        assert device.pointer(packed) % 16 == 0
+        assert torch.equal(packed, view)
+    assert device.packed(wide, "bfloat16").dtype == torch.bfloat16
+    buffer = torch.zeros(3, 20, 8, dtype=torch.float16)
+    for view, copied in ((buffer, False), (buffer[:, :7], False), (buffer[1:, :7], False), (buffer[..., :4], True)):
+        x, step = device.streams(view)
+        assert (device.pointer(x) != device.pointer(view)) == copied
+        assert step == (20 * 4 if copied else 20 * 8)
 
 
 @pytest.mark.usefixtures("cupy")

@@ -8,16 +8,29 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cuda_emulation
 import cuda_labs
+import ml_dtypes
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import BACKEND, _absorbing, _attention, _leaders, _merging, _operations, _rounding, _threefry
+from subgen_cupy import (
+    BACKEND,
+    _absorbing,
+    _attention,
+    _decoding,
+    _leaders,
+    _merging,
+    _operations,
+    _rounding,
+    _threefry,
+    _torch,
+    torch_backend,
+)
 
 import subgen
 from subgen import _array, backends, merging
@@ -179,6 +192,106 @@ def test_a_decoding_step_is_two_launches_and_copies_nothing() -> None:
     assert (split.kernel, join.kernel) == ("attend_split", "attend_join")
     given = {x.ctypes.data for x in (queries, keys, values, *clusters)}
     assert given <= {int(x) for x in split.arguments if isinstance(x, np.uint64)}
+
+
+# A token
+
+
+@dataclass(frozen=True)
+class Token:
+    """What `subgen.decoding.decode` is given: a sketch, and a token with the queries of a group."""
+
+    keys: Any
+    values: Any
+    counts: Any
+    spread: Any
+    queries: Codes
+    n_means: int
+    n_exact: int
+    n_seen: int
+
+
+def token_case(
+    lab: Lab, dtype: str, n_exact: int, clusters: int, dims: tuple[int, int], group: int
+) -> tuple[Token, list[np.ndarray]]:
+    """A sketch of two streams with room for 12 exact tokens, of which 3 are sinks; behind, NaN. Queries, key, value."""
+    rng = np.random.default_rng(n_exact)
+    sink, window, n_seen = 3, 9, 1000 * bool(clusters) + n_exact
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(DTYPES[dtype])
+
+    buffers = [draw(2, clusters + sink + window, dim) for dim in dims]
+    for x in buffers:
+        x[:, clusters + n_exact :] = np.nan
+    spread = (rng.random((2, clusters, merging.bands(dims[0]))) * 0.2).astype(DTYPES[dtype])
+    counts = rng.integers(0, 5, size=(2, clusters)).astype(np.int32)
+    codes, scales = rng.integers(-127, 128, size=(2, window, dims[0])).astype(np.int8), rng.random((2, window))
+    held = Token(
+        *map(lab.put, (*buffers, counts, spread)),
+        Codes(lab.put(codes), lab.put(scales.astype(np.float32))),
+        clusters,
+        n_exact,
+        n_seen,
+    )
+    return held, [draw(2, group, dims[0]), draw(2, 1, dims[0]), draw(2, 1, dims[1])]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("n_exact", "clusters", "dims", "group"),
+    [(0, 0, (8, 8), 1), (2, 0, (64, 64), 4), (3, 40, (64, 64), 4), (11, 40, (8, 24), 3), (7, 300, (128, 128), 16)],
+)
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_token_is_taken_in_and_answered(
+    lab: Lab, dtype: str, n_exact: int, clusters: int, dims: tuple[int, int], group: int, counted: bool
+) -> None:
+    """Whether the host says where the token goes, or memory on the device."""
+    held, token = token_case(lab, dtype, n_exact, clusters, dims, group)
+    before = {name: lab.get(getattr(held, name)).copy() for name in ("keys", "values")}
+    old_codes, old_scales = (lab.get(x).copy() for x in (held.queries.codes, held.queries.scales))
+    counters = None
+    if counted:
+        counters = lab.put(np.zeros(2, np.int64))
+        _decoding.count_tokens(lab.device, counters, held.n_exact, held.n_seen)
+        # What is launched is the same for every token, so it cannot depend on these.
+        stale = replace(held, n_exact=5, n_seen=77)
+        decoded = _decoding.decode(lab.device, stale, *map(lab.put, token), 0.3, counters)
+    else:
+        decoded = _decoding.decode(lab.device, held, *map(lab.put, token), 0.3)
+    assert decoded.keys is held.keys  # in place
+    queries, *pair = token
+    for name, row in zip(("keys", "values"), pair, strict=True):
+        expected = before[name]
+        expected[:, clusters + n_exact] = row[:, 0]
+        np.testing.assert_array_equal(*(x.astype(np.float32) for x in (lab.get(getattr(decoded, name)), expected)))
+    rows = queries.astype(np.float32) * np.float32(0.3)
+    if n_exact >= 3:
+        kept = PORTABLE["quantize"](rows[:, held.n_seen % group][:, None], np.dtype("float32"))
+        old_codes[:, n_exact - 3], old_scales[:, n_exact - 3] = kept.codes[:, 0], kept.scales[:, 0]
+    np.testing.assert_array_equal(lab.get(decoded.queries.codes), old_codes)
+    np.testing.assert_array_equal(lab.get(decoded.queries.scales), old_scales)
+    wide, used = rows.astype(np.float64), clusters + n_exact + 1
+    counts, spread = lab.get(held.counts), lab.get(held.spread).astype(np.float64)
+    weights = [np.zeros((2, group, n_exact + 1))]
+    if clusters:
+        weights.insert(0, log_weights(wide, counts, spread))
+    keys, values = (lab.get(x)[:, :used] for x in (decoded.keys, decoded.values))
+    expected, _ = written_out(wide, keys, values, np.concatenate(weights, axis=-1))
+    outputs = lab.get(decoded.outputs)
+    assert outputs.dtype == DTYPES[dtype]
+    # Answers are rounded to the dtype of the input, once.
+    unit = float(ml_dtypes.finfo(DTYPES[dtype]).eps)
+    np.testing.assert_allclose(outputs.astype(np.float64), expected, rtol=2e-5 + unit / 2, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_answer_beyond_the_dtype_is_its_largest_number(lab: Lab, dtype: str) -> None:
+    held, (queries, key, value) = token_case(lab, dtype, 0, 0, (8, 8), 1)
+    largest = float(ml_dtypes.finfo(DTYPES[dtype]).max)
+    value[0], value[1] = largest, -largest
+    decoded = _decoding.decode(lab.device, held, *map(lab.put, (queries, key, value)), 1.0)
+    np.testing.assert_array_equal(lab.get(decoded.outputs), np.broadcast_to(value, (2, 1, 8)))
 
 
 # Threefry
@@ -728,12 +841,28 @@ def test_new_clusters_alone_are_compared_with_all_but_every_eighth_time(monkeypa
 # The sketch
 
 
-@pytest.fixture
-def library(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    """Where the library uses the CuPy backend: for CuPy arrays, and for NumPy's in the emulation."""
-    if lab.name == "emulation":
+GPUS = ("gpu", "torch_gpu")
+
+
+@pytest.fixture(params=["emulation", "torch", *(pytest.param(gpu, marks=pytest.mark.gpu) for gpu in GPUS)])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """Where the library uses the kernels: on a GPU, and in the emulation for arrays of NumPy and torch."""
+    labs = {
+        "emulation": cuda_labs.emulation,
+        "torch": cuda_labs.emulation_for_torch,
+        "gpu": cuda_labs.gpu,
+        "torch_gpu": cuda_labs.gpu_for_torch,
+    }
+    lab = labs[request.param]()
+    if request.param == "gpu":
+        return lab
+    operations = BACKEND.operations if request.param == "emulation" else torch_backend().operations
+    name = "numpy" if request.param == "emulation" else "torch"
+    resolved = {**backends._resolved, name: backends.Operations(**operations)}
+    monkeypatch.setattr(backends, "_resolved", resolved)
+    if request.param not in GPUS:
         monkeypatch.setattr(_operations, "device_of", lambda x: lab.device)
-        monkeypatch.setattr(backends, "_resolved", {"numpy": backends.Operations(**BACKEND.operations)})
+        monkeypatch.setattr(_torch, "on_cuda", lambda x: True)
     return lab
 
 
@@ -823,6 +952,25 @@ def test_threshold_clusters_and_samples_are_those_of_the_portable_code(library: 
         np.testing.assert_array_equal(library.get(mine), portables)
 
 
+@pytest.mark.parametrize("heads", [2, 8])
+def test_a_token_is_three_launches(library: Lab, heads: int) -> None:
+    if library.name in GPUS:
+        pytest.skip("launches are counted in the emulation")
+    rng = np.random.default_rng(18)
+    queries, keys, values = (library.put(rng.normal(size=(2, h, 60, 8)).astype(np.float16)) for h in (heads, 2, 2))
+    sketch = subgen.AttentionSketch(max_clusters=8, window=16, sink=2)
+    sketch.update(keys[:, :, :48], values[:, :, :48], queries[:, :, :48])
+    token = [library.device.packed(x[:, :, 48:49]) for x in (queries, keys, values)]
+    launches = library.device.launches  # type: ignore[attr-defined]
+    launches.clear()
+    outputs = sketch.step(*token)
+    assert [launch.kernel for launch in launches] == ["take_in", "attend_split", "attend_join"]
+    assert outputs.dtype == queries.dtype
+    assert tuple(outputs.shape) == (2, heads, 1, 8)
+    given = {library.device.pointer(x) for x in token}
+    assert given <= {int(x) for launch in launches for x in launch.arguments if isinstance(x, np.uint64)}
+
+
 def test_a_token_in_decoding_copies_no_window(library: Lab) -> None:
     rng = np.random.default_rng(13)
     sketch = subgen.AttentionSketch(max_clusters=8, window=16, sink=2)
@@ -846,7 +994,7 @@ def test_every_barrier_is_needed_and_every_mistake_noticed() -> None:
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert sorted(report) == ["absorbing.cu", "attention.cu", "leaders.cu", "merging.cu"]
+    assert sorted(report) == ["absorbing.cu", "attention.cu", "decoding.cu", "leaders.cu", "merging.cu"]
     assert [(file, what) for file, mistakes in report.items() for what, seen in mistakes.items() if not seen] == []
 
 

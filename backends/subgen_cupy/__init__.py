@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from subgen.backends import Backend
 
+from . import _torch
 from ._cupy import capture
+from ._decoder import Decoder
 from ._operations import (
     assign_leaders,
     collect,
+    decode,
     merge_closest,
     quantize,
     query_moment,
@@ -22,7 +25,7 @@ from ._operations import (
     write,
 )
 
-__all__ = ["BACKEND", "capture"]
+__all__ = ["BACKEND", "Decoder", "capture", "torch_backend"]
 
 BACKEND = Backend(
     "cupy",
@@ -37,5 +40,29 @@ BACKEND = Backend(
         "collect": collect,
         "query_moment": query_moment,
         "settle": settle,
+        "decode": decode,
     },
 )
+
+
+def torch_backend() -> Backend:
+    """Return the backend of torch with these kernels for its CUDA tensors, without copies; elsewhere it is the same.
+
+    Kernels are compiled and launched by CuPy, on torch's current stream.
+
+    Returns
+    -------
+    Backend
+        To be registered: nothing of it is used before.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If torch is not installed.
+
+    Examples
+    --------
+    >>> import subgen, subgen_cupy
+    >>> subgen.backends.register(subgen_cupy.torch_backend(), replace=True)  # doctest: +SKIP
+    """
+    return _torch.backend_for(BACKEND)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subgen.merging import bands as bands_of
 
-from ._launch import ELEMENTS, MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, i32, i64
+from ._launch import ELEMENTS, MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, f32, i32, i64
 
 __all__ = ["MOST_DIM", "MOST_ROWS", "attend", "attention_module"]
 
@@ -23,7 +23,16 @@ _BLOCKS_EACH = 6
 _MOST_PIECES = 64
 
 
-def attention_module(dtype: str, spread_dtype: str, head_dim: int, value_dim: int, rows: int, bands: int) -> Module:
+def attention_module(
+    dtype: str,
+    spread_dtype: str,
+    head_dim: int,
+    value_dim: int,
+    rows: int,
+    bands: int,
+    query_dtype: str = "float32",
+    output_dtype: str = "float32",
+) -> Module:
     """Choose the variant of the kernels for a shape.
 
     Parameters
@@ -31,6 +40,7 @@ def attention_module(dtype: str, spread_dtype: str, head_dim: int, value_dim: in
     dtype, spread_dtype : str
         Names in `ELEMENTS`: of keys and values, and of the spread of clusters.
     head_dim, value_dim, rows, bands : int
+    query_dtype, output_dtype : str
 
     Returns
     -------
@@ -61,7 +71,12 @@ def attention_module(dtype: str, spread_dtype: str, head_dim: int, value_dim: in
     ahead = 1 if held > 32 else 2 if held > 16 else 3 if tile == 4 else 4
     return Module(
         "attention.cu",
-        types=(("ELEMENT", ELEMENTS[dtype]), ("SPREAD", ELEMENTS[spread_dtype])),
+        types=(
+            ("ELEMENT", ELEMENTS[dtype]),
+            ("SPREAD", ELEMENTS[spread_dtype]),
+            ("QUERY", ELEMENTS[query_dtype]),
+            ("OUTPUT", ELEMENTS[output_dtype]),
+        ),
         constants=(
             ("HEAD_DIM", head_dim),
             ("VALUE_DIM", value_dim),
@@ -90,14 +105,17 @@ def attend(
     values: Array,
     clusters: tuple[Array, Array] | None = None,
     log_weights: Array | None = None,
+    scale: float = 1.0,
+    output_dtype: str = "float32",
+    counters: Array | None = None,
 ) -> tuple[Array, Array]:
     """Weighted attention over merged clusters, and over exact pairs behind them.
 
     Parameters
     ----------
     device : Device
-    queries : float32 array, shape (streams, m, head_dim)
-        Scaled. Query heads that share a key-value head are rows of one stream.
+    queries : array, shape (streams, m, head_dim)
+        float16, bfloat16 or float32. Query heads that share a key-value head are rows of one stream.
     keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
         float16, bfloat16 or float32. Each stream may be the front of a longer buffer: it is read where it lies.
     clusters : (counts, spread), or None
@@ -105,17 +123,23 @@ def attend(
         a count of zero is a free place.
     log_weights : float32 array, shape (1 or streams, 1 or m, n - c), or None
         Of the exact pairs; None is a weight of one.
+    scale : float
+        What queries are multiplied by, in float32.
+    output_dtype : str
+        Numbers beyond it become its largest.
+    counters : int64 array, shape (2,), or None
+        Its first element is one less than how many of the exact pairs there are; None, and all are.
 
     Returns
     -------
-    outputs : float32 array, shape (streams, m, value_dim)
+    outputs : array, shape (streams, m, value_dim)
     logsumexp : float32 array, shape (streams, m)
     """
     streams, rows, head_dim = queries.shape
     value_dim = values.shape[-1]
     mean_count = 0 if clusters is None else clusters[0].shape[1]
     exact_count = keys.shape[1] - mean_count
-    queries = device.packed(queries, "float32")
+    queries = device.packed(queries)
     (keys, keys_per_stream), (values, values_per_stream) = device.streams(keys), device.streams(values)
     dtype = element(keys.dtype)
     counts = spread = weights = None
@@ -129,7 +153,8 @@ def attend(
         weights = device.packed(log_weights, "float32")
         per_row = 0 if weights.shape[1] == 1 else exact_count
         per_stream = 0 if weights.shape[0] == 1 else weights.shape[1] * exact_count
-    module = attention_module(dtype, spread_dtype, head_dim, value_dim, rows, bands)
+    query_dtype = element(queries.dtype)
+    module = attention_module(dtype, spread_dtype, head_dim, value_dim, rows, bands, query_dtype, output_dtype)
     constants = dict(module.constants)
     tiles = ceil_div(rows, constants["ROWS"])
 
@@ -138,7 +163,7 @@ def attend(
     exact_pieces = _pieces(exact_count, streams * tiles * (2 if mean_count > exact_count else 1), keys_a_turn, device)
     mean_pieces = _pieces(mean_count, streams * tiles, keys_a_turn, device)
     pieces = exact_pieces + mean_pieces
-    outputs = device.empty((streams, rows, value_dim), "float32")
+    outputs = device.empty((streams, rows, value_dim), output_dtype)
     logsumexp = device.empty((streams, rows), "float32")
     partial = device.empty((streams, rows, pieces, value_dim), "float32")
     totals = device.empty((streams, rows, pieces, 2), "float32")
@@ -150,6 +175,7 @@ def attend(
             _THREADS,
             [
                 address(device, queries),
+                f32(scale),
                 i32(rows),
                 *(address(device, x) for x in (keys, values)),
                 *(i64(x) for x in (keys_per_stream, values_per_stream)),
@@ -157,7 +183,9 @@ def attend(
                 *(i32(x) for x in (mean_count, mean_pieces)),
                 address(device, weights),
                 *(i64(x) for x in (per_stream, per_row)),
-                *(i32(x) for x in (exact_count, exact_pieces)),
+                i32(exact_count),
+                address(device, counters),
+                i32(exact_pieces),
                 *(address(device, x) for x in (partial, totals)),
             ],
         )

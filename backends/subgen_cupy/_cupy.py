@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from ._launch import ALIGNMENT, Array, Launch, Module, element, stream_step
+from ._launch import ALIGNMENT, Array, Launch, Module, element, elements, stream_step
 
-__all__ = ["CupyDevice", "KernelError", "capture", "device_of"]
+__all__ = ["CupyDevice", "KernelError", "capture", "device_of", "launch_on", "multiprocessors_of", "stream_at"]
 
 Result = TypeVar("Result")
 
@@ -38,8 +38,35 @@ def _module(device: int, module: Module) -> Any:
     return cupy.RawModule(code=module.source(), options=("--std=c++17",))
 
 
+def launch_on(device: int, launch: Launch) -> None:
+    """Launch on the current stream of the current device, which has this number."""
+    function = _function(device, launch.module, launch.kernel)
+    function((launch.blocks,), (launch.threads,), tuple(launch.arguments), shared_mem=launch.shared)
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """Another library's stream, by the protocol of CUDA streams: version, address."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
 @cache
-def _multiprocessors(device: int) -> int:
+def stream_at(pointer: int, device: int) -> Any:
+    """Return another library's stream, to launch on."""
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Foreign(pointer))
+    return cupy.cuda.ExternalStream(pointer, device)  # before CuPy 14
+
+
+@cache
+def multiprocessors_of(device: int) -> int:
+    """Streaming multiprocessors of a device."""
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
@@ -61,7 +88,7 @@ class CupyDevice:
     @property
     def multiprocessors(self) -> int:
         """Streaming multiprocessors."""
-        return _multiprocessors(self.number)
+        return multiprocessors_of(self.number)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Allocate from CuPy's pool."""
@@ -81,7 +108,7 @@ class CupyDevice:
 
     def streams(self, x: Array) -> tuple[Array, int]:
         """Copy if need be; return the step from stream to stream too."""
-        step = stream_step(x, self.pointer(x))
+        step = stream_step(x.shape, elements(x.strides, x.dtype.itemsize), x.dtype.itemsize, self.pointer(x))
         return (self.packed(x), x.shape[1] * x.shape[2]) if step is None else (x, step)
 
     def pointer(self, x: Array) -> int:
@@ -91,8 +118,7 @@ class CupyDevice:
     def run(self, launch: Launch) -> None:
         """Launch on the current stream of the device."""
         with self.xp.cuda.Device(self.number):
-            function = _function(self.number, launch.module, launch.kernel)
-            function((launch.blocks,), (launch.threads,), tuple(launch.arguments), shared_mem=launch.shared)
+            launch_on(self.number, launch)
 
 
 def _dtype(name: str) -> Any:

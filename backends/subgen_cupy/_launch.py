@@ -1,8 +1,8 @@
 """What a kernel is launched with, apart from who launches it.
 
 The modules beside this one turn shapes and pointers into `Launch` objects. A `Device` runs them: CuPy on a GPU
-(`_cupy.py`), an emulation on the CPU in the tests, and in time torch's CUDA tensors. So geometry, arguments and order
-of the launches are tested without a GPU too.
+(`_cupy.py`) for its own arrays and for torch's (`_torch.py`), an emulation on the CPU in the tests. So geometry,
+arguments and order of the launches are tested without a GPU too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ __all__ = [
     "address",
     "ceil_div",
     "element",
+    "elements",
+    "f32",
     "f64",
     "i32",
     "i64",
@@ -45,12 +47,12 @@ ALIGNMENT = 16
 MAX_SHARED = 48 << 10
 
 # Arguments travel as NumPy scalars: their size is then the size of the kernel's parameter, whoever launches it.
-i32, i64, f64 = np.int32, np.int64, np.float64
+i32, i64, f32, f64 = np.int32, np.int64, np.float32, np.float64
 
 
 @cache
 def element(dtype: Any) -> str:
-    """Name of a dtype of CuPy's; remembered, as a block of tokens asks for dozens."""
+    """Name of a dtype; remembered, as a block of tokens asks for dozens."""
     return dtype_name(dtype)
 
 
@@ -141,22 +143,35 @@ class Device(Protocol):
         """Put a launch into the queue."""
 
 
-def stream_step(x: Array, pointer: int) -> int | None:
-    """Elements from one stream to the next in a NumPy-like array; None where a kernel cannot read it as it lies.
+def stream_step(shape: Sequence[int], strides: Sequence[int], size: int, pointer: int) -> int | None:
+    """Elements from one stream to the next in a 3-d array; None where a kernel cannot read it as it lies.
 
     The front of a buffer, ``buffer[:, :n]``, needs no copy: its streams are packed, and only lie apart.
+
+    Parameters
+    ----------
+    shape : (int, int, int)
+    strides : (int, int, int)
+        In elements.
+    size : int
+        Bytes of an element.
+    pointer : int
+        Address of the first element.
     """
-    streams, n, width = map(int, x.shape)
-    size = int(x.dtype.itemsize)
-    row = width * size
-    dense = (n == 1 or x.strides[1] == row) and (width == 1 or x.strides[2] == size) and pointer % ALIGNMENT == 0
-    if not dense or x.size == 0:
+    streams, n, width = shape
+    dense = (n == 1 or strides[1] == width) and (width == 1 or strides[2] == 1) and pointer % ALIGNMENT == 0
+    if not dense or 0 in shape:
         return None
     if streams == 1:
         return n * width
     # Whole rows, so that every load is as aligned as that of the first row.
-    step = int(x.strides[0])
-    return step // size if step >= n * row and step % row == 0 else None
+    step = strides[0]
+    return step if step >= n * width and step % width == 0 else None
+
+
+def elements(strides: Sequence[int], size: int) -> list[int]:
+    """Strides in elements, from those in bytes."""
+    return [stride // size for stride in strides]
 
 
 def address(device: Device, x: Array | None) -> Any:

@@ -1,21 +1,27 @@
-"""What the backend offers: the choice, by shape and dtype, between its kernels and the portable code."""
+"""What the backend offers: the choice, by shape and dtype, between its kernels and what there is without them.
+
+Arrays are CuPy's, or tensors of torch on a CUDA device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from subgen.absorbing import Dithers, Settled
 from subgen.backends import PORTABLE
+from subgen.decoding import Decoded, Held
 from subgen.merging import Means
 from subgen.rounding import Codes, Dither
 
-from . import _absorbing, _attention, _leaders, _merging, _rounding, _threefry
-from ._cupy import device_of
-from ._launch import Array, element
+from . import _absorbing, _attention, _cupy, _decoding, _leaders, _merging, _rounding, _threefry, _torch
+from ._launch import Array, Device, element
 
 __all__ = [
     "assign_leaders",
     "collect",
+    "decode",
+    "device_of",
     "merge_closest",
     "quantize",
     "query_moment",
@@ -27,6 +33,34 @@ __all__ = [
 ]
 
 _STORED = ("float16", "bfloat16", "float32")
+
+
+def device_of(x: Array) -> Device:
+    """Return where an array is.
+
+    Raises
+    ------
+    TypeError
+        If it is not on a CUDA device.
+    """
+    if _is_torchs(x) and _torch.on_cuda(x):
+        return _torch.device_of(x)
+    if hasattr(getattr(x, "data", None), "ptr"):
+        return _cupy.device_of(x)
+    raise TypeError(f"the kernels take arrays of CuPy, or tensors of torch on a CUDA device: got {type(x)}")
+
+
+def _is_torchs(x: Array) -> bool:
+    return type(x).__module__.split(".")[0] == "torch"
+
+
+def _without(operation: str, x: Array) -> Callable[..., Any]:
+    """Return what serves such arrays where no kernel does: of torch's backend, or portable."""
+    if _is_torchs(x):
+        import subgen_torch
+
+        return subgen_torch.BACKEND.operations.get(operation, PORTABLE[operation])
+    return PORTABLE[operation]
 
 
 def threefry2x32(key0: Array, key1: Array, counter0: Array, counter1: Array) -> tuple[Array, Array]:
@@ -47,7 +81,7 @@ def weighted_attention(queries: Array, keys: Array, values: Array, log_weights: 
     Few rows of queries over keys of up to 32 bits go to the kernels; the rest are matrix products, which CuPy has.
     """
     if not _few_rows(queries, keys, values):
-        answer: tuple[Array, Array] = PORTABLE["weighted_attention"](queries, keys, values, log_weights)
+        answer: tuple[Array, Array] = _without("weighted_attention", queries)(queries, keys, values, log_weights)
         return answer
     return _attention.attend(device_of(queries), queries, keys, values, log_weights=log_weights)
 
@@ -67,7 +101,9 @@ def sketch_attention(
     does. Two launches and no question to the host, so it can be captured in a CUDA graph.
     """
     if causal > 1 or not _few_rows(rows, keys, values) or element(spread.dtype) not in _STORED:
-        answer: tuple[Array, Array] = PORTABLE["sketch_attention"](rows, keys, values, counts, spread, causal, weighted)
+        answer: tuple[Array, Array] = _without("sketch_attention", rows)(
+            rows, keys, values, counts, spread, causal, weighted
+        )
         return answer
     return _attention.attend(device_of(rows), rows, keys, values, (counts, spread))
 
@@ -81,7 +117,7 @@ def merge_closest(
     """
     n = means.counts.shape[1]
     if element(means.keys.dtype) != "float32" or n > _merging.MOST_CLUSTERS or not (means.keys.size and most > 0):
-        answer: tuple[Means, Array] = PORTABLE["merge_closest"](means, metric, value_scale, most, places)
+        answer: tuple[Means, Array] = _without("merge_closest", means.keys)(means, metric, value_scale, most, places)
         return answer
     return _merging.shrink(device_of(means.keys), means, metric, value_scale, most, places)
 
@@ -95,7 +131,7 @@ def write(x: Array, start: int, block: Array) -> Array:
 def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
     """Round vectors to 8 bits; see `subgen.rounding.quantize`. To nearest, in float32, in one launch."""
     if uniform is not None or {element(x.dtype), element(dtype)} != {"float32"} or x.size == 0:
-        codes: Codes = PORTABLE["quantize"](x, dtype, uniform)
+        codes: Codes = _without("quantize", x)(x, dtype, uniform)
         return codes
     return _rounding.quantize(device_of(x), x)
 
@@ -112,7 +148,7 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
         and 0 not in (keys.size, values.size)
     )
     if not taken:
-        answer: tuple[Means, Array] = PORTABLE["collect"](held, keys, values, leave, weight)
+        answer: tuple[Means, Array] = _without("collect", keys)(held, keys, values, leave, weight)
         return answer
     return _absorbing.collect(device_of(keys), held, keys, values, leave, weight)
 
@@ -123,7 +159,7 @@ def query_moment(keys: Array, queries: Codes, asked: tuple[bool, ...], scale: fl
     By a kernel where all tokens came with queries, or none.
     """
     if element(keys.dtype) not in _STORED or 0 in (keys.size, queries.codes.size) or len(set(asked)) > 1:
-        moment: Array = PORTABLE["query_moment"](keys, queries, asked, scale)
+        moment: Array = _without("query_moment", keys)(keys, queries, asked, scale)
         return moment
     if any(asked):
         return _absorbing.query_moment(device_of(keys), queries, len(asked))
@@ -136,16 +172,40 @@ def settle(
     """Round clusters, and move up the tokens that stay; see `subgen.absorbing.settle`."""
     stored, wide = element(keys.dtype), {element(x.dtype) for x in (means.keys, means.values, means.spread)}
     if stored not in _STORED or element(values.dtype) != stored or wide != {"float32"} or 0 in (keys.size, values.size):
-        settled: Settled = PORTABLE["settle"](means, keys, values, queries, leave, dithers, coded)
+        settled: Settled = _without("settle", keys)(means, keys, values, queries, leave, dithers, coded)
         return settled
     return _absorbing.settle(device_of(keys), means, keys, values, queries, leave, dithers, coded)
 
 
-def _few_rows(queries: Array, keys: Array, values: Array) -> bool:
-    """Whether the kernel takes it: float32 queries, so few that reading keys and values is what takes the time."""
+def decode(held: Held, queries: Array, keys: Array, values: Array, scale: float, ops: Any) -> Decoded:
+    """Put a token behind the exact ones and answer it; see `subgen.decoding.decode`. Three launches.
+
+    Where the token goes is known to the host; `subgen_cupy.Decoder` launches the same for every token.
+    """
+    if not takes_in(held, queries, keys, values):
+        decoded: Decoded = _without("decode", keys)(held, queries, keys, values, scale, ops)
+        return decoded
+    return _decoding.decode(device_of(keys), held, queries, keys, values, scale)
+
+
+def takes_in(held: Held, queries: Array, keys: Array, values: Array) -> bool:
+    """Whether kernels take a token in and answer it."""
+    device, stored = device_of(keys), element(keys.dtype)
+    return (
+        _few_rows(queries, keys, values, _STORED)
+        and {element(x.dtype) for x in (queries, held.keys, held.values)} == {stored}
+        and element(held.spread.dtype) in _STORED
+        and element(held.queries.scales.dtype) == "float32"
+        and held.queries.codes.shape[1] > 0
+        and all(_decoding.stays(device, x) for x in (held.keys, held.values, held.queries.codes, held.queries.scales))
+    )
+
+
+def _few_rows(queries: Array, keys: Array, values: Array, dtypes: tuple[str, ...] = ("float32",)) -> bool:
+    """Whether the kernel takes it: queries of a dtype, so few that reading keys and values is what takes the time."""
     rows, dim = queries.shape[1], max(keys.shape[-1], values.shape[-1])
     return (
-        element(queries.dtype) == "float32"
+        element(queries.dtype) in dtypes
         and element(keys.dtype) in _STORED
         and element(values.dtype) == element(keys.dtype)
         and rows <= _attention.MOST_ROWS

@@ -20,6 +20,7 @@ __all__ = [
     "is_floating",
     "itemsize",
     "library_name",
+    "narrow",
     "nbytes",
     "positions",
 ]
@@ -144,6 +145,15 @@ def clip(x: Array, low: float | None, high: float | None) -> Array:
     if hasattr(x, "clip"):
         return x.clip(low, high)
     return array_namespace(x).clip(x, min=low, max=high)
+
+
+def narrow(x: Array, like: Array) -> Array:
+    """Cast to the dtype of another array, saturating: float16 ends at 65504."""
+    if x.dtype == like.dtype:
+        return x
+    xp = array_namespace(like)
+    largest = finfo(like.dtype, xp).max
+    return xp.astype(clip(x, -largest, largest), like.dtype)
 
 
 def chunks(n: int, size: int) -> list[slice]:

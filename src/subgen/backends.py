@@ -25,7 +25,8 @@ same signature, discrete results (assignments, counts, random bits) equal to the
 numbers equal within the rounding of float32. To try one without packaging it, call `register`.
 
 An operation gets arrays of your library only, already checked, and gives new arrays; it must not write into its
-arguments, ``write`` excepted. There is no global "current backend" and no environment variable: the array decides.
+arguments, ``write`` and ``decode`` excepted. There is no global "current backend" and no environment variable: the
+array decides.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from ._array import Array, array_namespace, library_name
 from .absorbing import Absorbed, Settled, absorb, collect, settle
 from .clustering import assign_leaders
 from .counter import threefry2x32
+from .decoding import Decoded, decode
 from .mass import sketch_attention
 from .merging import merge_closest
 from .metric import query_moment
@@ -67,6 +69,7 @@ class Operations:
     query_moment: Callable[..., Array] = query_moment
     settle: Callable[..., Settled] = settle
     absorb: Callable[..., Absorbed] = absorb
+    decode: Callable[..., Decoded] = decode
 
 
 #: The operations a backend may replace, and the portable function behind each.

@@ -23,17 +23,19 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
+from ._checks import check_scale
 from .absorbing import Dithers, Settled, widened
 from .backends import Operations
 from .budget import Budget, Footprint
 from .clustering import room_for
 from .counter import stream_key
+from .decoding import written
 from .leaders import join_leaders
 from .merging import Means, bands, n_live, nobody
 from .residual import Residual, correct, empty_residual, sample_tokens
 from .rounding import Codes, dequantize, dither
 from .tail import Tail
-from .weighted import join_rows, merge_attention
+from .weighted import join_rows, merge_attention, scaled
 
 __all__ = [
     "COMPARE_ALL",
@@ -42,6 +44,7 @@ __all__ = [
     "ClusterMeans",
     "MeansState",
     "Storage",
+    "claimed",
     "clear_room",
     "early_weight",
     "own_copy",
@@ -227,11 +230,16 @@ class ClusterMeans:
         return state
 
     def step(
-        self, state: MeansState, rows: Array, keys: Array, values: Array, heads: Array, ops: Operations
+        self, state: MeansState, queries: Array, keys: Array, values: Array, heads: Array, ops: Operations
     ) -> tuple[MeansState, Array]:
         """Absorb tokens and answer each of them; see `subgen.method.Method.step`."""
         xp = array_namespace(keys)
-        streams, group, n, head_dim = rows.shape
+        streams, group, n, head_dim = queries.shape
+        scale = check_scale(self.scale, head_dim)
+        if n == 1 and self.storage == "input":
+            state, output = self._decode(state, queries[:, :, 0, :], keys, values, scale, heads, ops)
+            return state, output[:, :, None, :]
+        rows = scaled(queries, scale)
         codes = _codes(state, rows, ops)
         outputs, start = [], 0
         while start < n:
@@ -242,6 +250,14 @@ class ClusterMeans:
             outputs.append(xp.reshape(output, (streams, group, size, output.shape[-1])))
             start = part.stop
         return state, outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)
+
+    def _decode(
+        self, state: MeansState, queries: Array, keys: Array, values: Array, scale: float, heads: Array, ops: Operations
+    ) -> tuple[MeansState, Array]:
+        """Absorb one token and answer it: ``(streams, group, head_dim)`` to ``(streams, group, value_dim)``."""
+        state = claimed(self.make_room(state, heads, ops), 1)
+        decoded = ops.decode(state, queries, keys, values, scale, ops)
+        return self._appended(state, 1, decoded.keys, decoded.values, decoded.queries, True), decoded.outputs
 
     def attend(self, state: MeansState, rows: Array, ops: Operations) -> tuple[Array, Array]:
         """Answer queries from the state; see `subgen.method.Method.attend`."""
@@ -319,29 +335,24 @@ class ClusterMeans:
         -------
         MeansState
         """
-        size, filled = keys.shape[1], state.n_exact
-        if not state.tail.claim(filled, filled + size):
-            state = own_copy(state, filled + size)
-        place = state.n_means + filled
-        new_keys = ops.write(state.keys, place, keys)
-        new_values = ops.write(state.values, place, values)
-        queries, asked = state.queries, state.asked
-        skip = max(0, self.sink - filled)
-        if size > skip:
-            asked = asked + (codes is not None,) * (size - skip)
-            if codes is not None:
-                queries = Codes(
-                    ops.write(queries.codes, filled + skip - self.sink, codes.codes),
-                    ops.write(queries.scales, filled + skip - self.sink, codes.scales),
-                )
+        size = keys.shape[1]
+        state = claimed(state, size)
+        return self._appended(state, size, *written(state, keys, values, codes, ops), codes is not None)
+
+    def _appended(
+        self, state: MeansState, size: int, keys: Array, values: Array, queries: Codes, asked: bool
+    ) -> MeansState:
+        """Count tokens whose keys, values and queries are written."""
+        n_exact = state.n_exact + size
+        behind = min(size, max(0, n_exact - self.sink))  # those that are no sinks
         return replace(
             state,
-            keys=new_keys,
-            values=new_values,
-            n_exact=filled + size,
+            keys=keys,
+            values=values,
+            n_exact=n_exact,
             n_seen=state.n_seen + size,
             queries=queries,
-            asked=asked,
+            asked=state.asked + (asked,) * behind,
         )
 
     def _absorb(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
@@ -506,6 +517,12 @@ def _in_places_behind(counts: Array, n: int) -> Array:
     xp = array_namespace(counts)
     streams, held = counts.shape
     return xp.broadcast_to((positions(n, counts) + held)[None, :], (streams, n))
+
+
+def claimed(state: MeansState, size: int) -> MeansState:
+    """Return the state, or a copy in arrays of its own, so that it may write so many tokens behind the exact ones."""
+    filled = state.n_exact
+    return state if state.tail.claim(filled, filled + size) else own_copy(state, filled + size)
 
 
 def own_copy(state: MeansState, filled: int) -> MeansState:

@@ -42,7 +42,7 @@ class Method(Protocol):
         """
 
     def step(
-        self, state: Any, rows: Array, keys: Array, values: Array, heads: Array, ops: Operations
+        self, state: Any, queries: Array, keys: Array, values: Array, heads: Array, ops: Operations
     ) -> tuple[Any, Array]:
         """Absorb tokens and answer each of them: as `update` and `attend` would, token by token.
 
@@ -50,13 +50,14 @@ class Method(Protocol):
         ----------
         state, keys, values, heads, ops
             As in `update`.
-        rows : array, shape (streams, group, n, head_dim)
-            Scaled queries of the query heads that share a stream; query i is answered after token i.
+        queries : array, shape (streams, group, n, head_dim)
+            As they came, of the query heads that share a stream; query i is answered after token i.
 
         Returns
         -------
         state
         outputs : array, shape (streams, group, n, value_dim)
+            In the dtype of the input, or in that to compute in.
         """
 
     def attend(self, state: Any, rows: Array, ops: Operations) -> tuple[Array, Array]:

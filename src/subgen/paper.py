@@ -21,13 +21,14 @@ import math
 from dataclasses import dataclass, replace
 
 from ._array import Array, array_namespace, chunks, clip, compute_dtype, positions
+from ._checks import check_scale
 from .backends import Operations
 from .clustering import append_leaders, room_for
 from .counter import stream_key
 from .sampling import group_tokens, latest, uniform_rounds, weighted_rounds
 from .sampling import replace as replace_slots
 from .state import Clusters, PaperState, ValueReservoir
-from .weighted import join_rows, merge_attention
+from .weighted import join_rows, merge_attention, scaled
 
 __all__ = ["CLUSTER_DRAWS", "VALUE_DRAWS", "Paper", "flat", "with_room"]
 
@@ -105,10 +106,11 @@ class Paper:
         return state
 
     def step(
-        self, state: PaperState, rows: Array, keys: Array, values: Array, heads: Array, ops: Operations
+        self, state: PaperState, queries: Array, keys: Array, values: Array, heads: Array, ops: Operations
     ) -> tuple[PaperState, Array]:
         """Absorb tokens and answer each of them; see `subgen.method.Method.step`."""
         xp = array_namespace(keys)
+        rows = scaled(queries, check_scale(self.scale, queries.shape[-1]))
         outputs, start, n = [], 0, keys.shape[1]
         while start < n:
             part = slice(start, min(n, start + self._block(state, rows.shape[1])))

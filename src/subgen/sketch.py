@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._array import Array, array_namespace, clip, compute_dtype, finfo, nbytes, positions
+from ._array import Array, array_namespace, narrow, nbytes, positions
 from ._checks import (
     check_alike,
     check_block,
@@ -27,7 +27,7 @@ from .method import Method
 from .paper import Paper
 from .state import PaperState
 from .tail import Tail
-from .weighted import fold_groups, unfold_groups
+from .weighted import fold_groups, scaled, unfold_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -348,11 +348,11 @@ class AttentionSketch:
         TypeError, ValueError
             As in `attention`, or if the block does not continue the stream. The sketch is then as it was.
         """
-        layout = self._check(keys, values, queries)
+        layout = self.check(keys, values, queries)
         ops = operations_for(keys)
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
-        rows = None if queries is None else self._rows(queries, layout)
+        rows = None if queries is None else _by_stream(self._scaled(queries), layout)
         state = self._method.update(state, k, v, rows, layout.heads, ops)
         self._layout, self._state = layout, state
 
@@ -419,7 +419,7 @@ class AttentionSketch:
             output, error, logsumexp = method.attend_with_error(self._state, rows, ops)  # type: ignore[attr-defined]
         else:
             output, logsumexp = method.attend(self._state, rows, ops)
-        answer = [_narrow(unfold_groups(output, queries.shape), queries)]
+        answer = [narrow(unfold_groups(output, queries.shape), queries)]
         if return_error:
             answer.append(unfold_groups(error, queries.shape))
         if return_logsumexp:
@@ -446,12 +446,12 @@ class AttentionSketch:
         TypeError, ValueError
             As in `update`, or if there are not as many queries as tokens. The sketch is then as it was.
         """
-        layout = self._check(keys, values, queries)
+        layout = self.check(keys, values, queries)
         ops = operations_for(keys)
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
-        state, output = self._method.step(state, self._rows(queries, layout), k, v, layout.heads, ops)
-        output = _narrow(unfold_groups(output, queries.shape), queries)
+        state, output = self._method.step(state, _by_stream(queries, layout), k, v, layout.heads, ops)
+        output = narrow(unfold_groups(output, queries.shape), queries)
         self._layout, self._state = layout, state
         return output
 
@@ -503,18 +503,26 @@ class AttentionSketch:
         return self.continued(taken, _take_streams(self._state, streams))
 
     def _scaled(self, queries: Array) -> Array:
-        xp = array_namespace(queries)
-        scale = check_scale(self._method.scale, queries.shape[-1])
-        wide = compute_dtype(queries)
-        return (queries if queries.dtype == wide else xp.astype(queries, wide)) * scale
+        return scaled(queries, check_scale(self._method.scale, queries.shape[-1]))
 
-    def _rows(self, queries: Array, layout: Layout) -> Array:
-        """Scaled queries by stream and head of the group: ``(streams, group, n, head_dim)``."""
-        xp = array_namespace(queries)
-        return xp.reshape(self._scaled(queries), (layout.streams, -1, *queries.shape[-2:]))
+    def check(self, keys: Any, values: Any, queries: Any) -> Layout:
+        """Check a block as `update` and `step` do, against itself and against the stream; changes nothing.
 
-    def _check(self, keys: Any, values: Any, queries: Any) -> Layout:
-        """Check a block against itself and against the stream, and return the layout; changes nothing."""
+        Parameters
+        ----------
+        keys, values, queries
+            As in `update`.
+
+        Returns
+        -------
+        Layout
+            The stream's, or what it would be if the block came first.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `update`.
+        """
         check_block(keys, values, finite=self._finite)
         layout = self._layout
         if layout is None:
@@ -545,6 +553,11 @@ class AttentionSketch:
         check_groups(queries, layout.example, "the stream's keys", shape, finite=self._finite)
 
 
+def _by_stream(queries: Array, layout: Layout) -> Array:
+    """Queries by stream and head of the group: ``(streams, group, n, head_dim)``."""
+    return array_namespace(queries).reshape(queries, (layout.streams, -1, *queries.shape[-2:]))
+
+
 def _indices(indices: Any, layout: Layout) -> Array:
     """Indices into the first leading axis as an int64 array, shape (entries,)."""
     xp, rows = array_namespace(layout.example), layout.leading[0]
@@ -570,12 +583,3 @@ def _take_streams(state: Any, index: Array) -> Any:
         elif isinstance(value, Tail):
             taken[field.name] = Tail(state.n_exact)  # the arrays are new
     return replace(state, **taken)
-
-
-def _narrow(output: Array, like: Array) -> Array:
-    """Cast to the dtype of the input, saturating: float16 ends at 65504."""
-    xp = array_namespace(like)
-    if output.dtype == like.dtype:
-        return output
-    largest = finfo(like.dtype, xp).max
-    return xp.astype(clip(output, -largest, largest), like.dtype)

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import math
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, compute_dtype, positions
 
-__all__ = ["causal_bias", "fold_groups", "join_rows", "merge_attention", "unfold_groups", "weighted_attention"]
+__all__ = [
+    "causal_bias",
+    "fold_groups",
+    "join_rows",
+    "merge_attention",
+    "scaled",
+    "unfold_groups",
+    "weighted_attention",
+]
 
 
 def weighted_attention(queries: Array, keys: Array, values: Array, log_weights: Array) -> tuple[Array, Array]:
@@ -80,6 +88,12 @@ def join_rows(pieces: list[tuple[Array, Array]]) -> tuple[Array, Array]:
         return pieces[0]
     xp = array_namespace(pieces[0][0])
     return xp.concat([output for output, _ in pieces], axis=1), xp.concat([lse for _, lse in pieces], axis=1)
+
+
+def scaled(queries: Array, scale: float) -> Array:
+    """Multiply queries by the factor of the logits, in the dtype to compute in."""
+    wide = compute_dtype(queries)
+    return (queries if queries.dtype == wide else array_namespace(queries).astype(queries, wide)) * scale
 
 
 def fold_groups(queries: Array, num_key_value_heads: int) -> Array:

@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from subgen_cupy._launch import Launch, Module, element, stream_step
+from subgen_cupy._launch import Launch, Module, element, elements, stream_step
 
 __all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
 
@@ -129,7 +129,7 @@ class EmulatedDevice:
         return x
 
     def streams(self, x: Any) -> tuple[Any, int]:
-        step = stream_step(x, self.pointer(x))
+        step = stream_step(x.shape, elements(x.strides, x.itemsize), x.itemsize, self.pointer(x))
         return (self.packed(x), x.shape[1] * x.shape[2]) if step is None else (x, step)
 
     def pointer(self, x: Any) -> int:

@@ -12,11 +12,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from subgen_cupy import _absorbing, _attention, _leaders, _merging
+from subgen_cupy import _absorbing, _attention, _decoding, _leaders, _merging
 from subgen_cupy._launch import Module
 
 from subgen.merging import Means
@@ -36,6 +36,41 @@ def _attend(device: EmulatedDevice) -> list[Any]:
     q, k, v = (rng.normal(size=(2, n, 64)).astype(np.float32) for n in (4, 80, 80))
     counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int32), rng.random((2, 40, 4)).astype(np.float32)
     return list(_attention.attend(device, q * 0.1, k, v, (counts, spread)))
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a token goes into; see `subgen.decoding.Held`."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    counts: np.ndarray
+    spread: np.ndarray
+    queries: Codes
+    n_means: int
+    n_exact: int
+    n_seen: int
+
+
+def _decode(device: EmulatedDevice) -> list[Any]:
+    """Tokens in the place of a sink, behind the sinks, and where memory says; numbers that are not scaled overflow."""
+    rng = np.random.default_rng(0)
+    results = []
+    for n_exact, counted in [(1, False), (2, False), (5, True), (1, True)]:
+        keys, values = rng.normal(size=(2, 2, 50, 64)).astype(np.float16)
+        counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int32), rng.random((2, 40, 4)).astype(np.float16)
+        codes = Codes(np.zeros((2, 8, 64), np.int8), np.zeros((2, 8), np.float32))
+        held = Sketch(keys, values, counts, spread, codes, 40, n_exact, n_exact + 41)
+        counters = None
+        if counted:
+            counters = np.zeros(2, np.int64)
+            _decoding.count_tokens(device, counters, n_exact, n_exact + 41)
+        token = [rng.normal(size=(2, n, 64)).astype(np.float16) for n in (3, 1, 1)]
+        token[2][0, 0, 0] = 65504.0
+        token[0][0, 0], token[1][0] = 50.0, 50.0
+        decoded = _decoding.decode(device, held, *token, 0.1, counters)
+        results += [decoded.keys, decoded.values, decoded.queries.codes, decoded.queries.scales, decoded.outputs]
+    return results
 
 
 def _lead(device: EmulatedDevice) -> list[Any]:
@@ -86,9 +121,10 @@ def _absorb(device: EmulatedDevice) -> list[Any]:
 
 
 def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
-    """Give each module that has barriers, and something that runs all of its kernels."""
+    """Give each module that has barriers or mistakes, and something that runs all of its kernels."""
     yield _absorbing.absorbing_module("float32", "float32"), _absorb
     yield _attention.attention_module("float32", "float32", 64, 64, 4, 4), _attend
+    yield _decoding.decoding_module("float16", "float16"), _decode
     yield _leaders.leaders_module("float32"), _lead
     yield _merging.MERGING, _merge
 
@@ -98,6 +134,22 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
     "absorbing.cu": (_absorb, [
         ("nearest[place] = held_nearest[cluster];", "nearest[place] = -1;"),
         ("nearest[place] = -1;", "nearest[place] = 0;"),
+    ]),
+    "attention.cu": (_decode, [
+        ("(int)counters[0] + 1", "(int)counters[0]"),
+        ("counters && !merged", "counters"),
+        ("counters && !merged", "false"),
+        ("widen(source[i]) * scale * LOG2E", "widen(source[i]) * LOG2E"),
+        ("widen(source[b * BAND + i]) * scale", "widen(source[b * BAND + i])"),
+        ("narrow_within(output, outputs", "narrow(1.01f * output, outputs"),
+    ]),
+    "decoding.cu": (_decode, [
+        ("else if (n_exact >= sink)", "else"),
+        ("n_seen % group", "0"),
+        ("window + n_exact - sink", "window + n_exact"),
+        ("widen(query[d]) * scale", "widen(query[d])"),
+        ("sink + window) + clusters + n_exact", "sink + window) + clusters + sink"),
+        ("n_exact = counters[0]", "n_exact = counters[1]"),
     ]),
     "merging.cu": (_remember, [
         # Which pairs are compared.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from subgen_cupy import _absorbing, _attention, _leaders, _merging, _rounding, _threefry
+from subgen_cupy import _absorbing, _attention, _decoding, _leaders, _merging, _rounding, _threefry
 
 from subgen.absorbing import Dithers
 from subgen.merging import Means
 from subgen.rounding import Codes, dither
 
 from . import EmulatedDevice
+from .mutants import Sketch
 
 __all__ = ["main"]
 
@@ -29,6 +30,16 @@ def main() -> None:
         q, k, v = draw(2, rows, 24), draw(2, c + n, 24), draw(2, c + n, 40)
         weights, counts, spread = draw(2, rows, n), abs(draw(2, c)), abs(draw(2, c, 4))
         _attention.attend(device, q, k, v, (counts.astype(np.int32), spread), weights)
+    for clusters, n_exact, dims, group in [(0, 0, (3, 5), 1), (37, 11, (40, 3), 5)]:
+        spread, codes = abs(draw(2, clusters, 4 if dims[0] % 4 == 0 else 1)), draw(2, 9, dims[0]).astype(np.int8)
+        exact, counts = clusters + 12, abs(draw(2, clusters)).astype(np.int32)
+        buffers, queries = [draw(2, exact, dim) for dim in dims], Codes(codes, abs(draw(2, 9)))
+        held = Sketch(*buffers, counts, spread, queries, clusters, n_exact, n_exact)
+        counters = np.zeros(2, np.int64)
+        _decoding.count_tokens(device, counters, n_exact, n_exact)
+        for given in (None, counters):
+            token = draw(2, group, dims[0]), *(draw(2, 1, dim) for dim in dims)
+            _decoding.decode(device, held, *token, 0.5, given)
     for n, capacity, head_dim in [(1, 1, 3), (45, 37, 40)]:
         clusters = np.array([0, capacity])
         _leaders.leaders(device, draw(2, n, head_dim), draw(2, capacity, head_dim), clusters, 9.0)

@@ -274,15 +274,15 @@ key_moment(const ELEMENT* __restrict__ keys, long long key_step, int window, int
     moment[stream * head_dim * head_dim + i] = i % (head_dim + 1) ? 0.0f : squared;
 }
 
-// What `subgen.rounding.round_to` asks of a dtype of 16 bits: the unit of the last place of 1, the exponent of the
-// smallest normal number, as float32 writes it, and the largest number.
+// What `subgen.rounding.round_to` asks of a dtype of 16 bits: the unit of the last place of 1, and the exponent of the
+// smallest normal number, as float32 writes it.
 template <class T> struct Limits;
 template <> struct Limits<float16> {
-  static constexpr float eps = 0.0009765625f, largest = 65504.0f;
+  static constexpr float eps = 0.0009765625f;
   static constexpr int smallest = 127 - 14;
 };
 template <> struct Limits<bfloat16> {
-  static constexpr float eps = 0.0078125f, largest = 3.3895313892515355e38f;
+  static constexpr float eps = 0.0078125f;
   static constexpr int smallest = 1;
 };
 
@@ -296,13 +296,12 @@ __device__ __forceinline__ float round_to(float x, float, const float*) { return
 template <class T>
 __device__ __forceinline__ T round_to(float x, float u, const T*) {
   using L = Limits<T>;
-  const auto within = [](float y) { return y < -L::largest ? -L::largest : y > L::largest ? L::largest : y; };
   T nearest, dithered;
-  narrow(within(x), nearest);
+  narrow_within(x, nearest);
   if (widen(nearest) == x) return nearest;
   // A power of two, times eps: products of it are exact.
   const int exponent = max(__float_as_int(x) >> 23 & 255, L::smallest);
-  narrow(within(x + (u - 0.5f) * (__int_as_float(exponent << 23) * L::eps)), dithered);
+  narrow_within(x + (u - 0.5f) * (__int_as_float(exponent << 23) * L::eps), dithered);
   return dithered;
 }
 

@@ -7,8 +7,8 @@
 //
 // Logits are in units of log 2: exp2 is what the hardware has.
 //
-// Set by the launcher: ELEMENT and SPREAD (types), HEAD_DIM, VALUE_DIM, BANDS, ROWS, VECTOR (elements per load), LANES,
-// AHEAD, BLOCKS (that fit a multiprocessor: a bound on registers).
+// Set by the launcher: ELEMENT, SPREAD, QUERY and OUTPUT (types), HEAD_DIM, VALUE_DIM, BANDS, ROWS, VECTOR (elements per
+// load), LANES, AHEAD, BLOCKS (that fit a multiprocessor: a bound on registers).
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
@@ -50,12 +50,12 @@ __device__ __forceinline__ void load(const ELEMENT* __restrict__ row, int place,
 __device__ __forceinline__ float weight(float x, float peak) { return x == -infinity() ? 0.0f : exp2f(x - peak); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-attend_split(const float* __restrict__ queries, int rows,
+attend_split(const QUERY* __restrict__ queries, float scale, int rows,
              const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values,
              long long keys_per_stream, long long values_per_stream,
              const int* __restrict__ counts, const SPREAD* __restrict__ spread, int mean_count, int mean_pieces,
              const float* __restrict__ weights, long long weights_per_stream, long long weights_per_row,
-             int exact_count, int exact_pieces,
+             int exact_count, const long long* __restrict__ counters, int exact_pieces,
              float* __restrict__ partial, float2* __restrict__ totals) {
   __shared__ __align__(16) float half_energy[ROWS][BANDS];
   __shared__ float warp_sums[WARPS][ROWS][VALUE_DIM];
@@ -72,7 +72,8 @@ attend_split(const float* __restrict__ queries, int rows,
   const int count = merged ? mean_count : exact_count;
   const int share = (count + (merged ? mean_pieces : exact_pieces) - 1) / (merged ? mean_pieces : exact_pieces);
   const int begin = share * (merged ? piece - exact_pieces : piece);
-  const int end = min(count, begin + share);
+  // Where memory says how many exact pairs there are before this token's, some pieces may be empty.
+  const int end = min(counters && !merged ? (int)counters[0] + 1 : count, begin + share);
   // A stream's part of a buffer with room at the end; the clusters come first.
   keys += stream * keys_per_stream + (merged ? 0 : (long long)mean_count * HEAD_DIM);
   values += stream * values_per_stream + (merged ? 0 : (long long)mean_count * VALUE_DIM);
@@ -81,24 +82,24 @@ attend_split(const float* __restrict__ queries, int rows,
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const int row = tile * ROWS + r;
-    const float* source = queries + (stream * rows + row) * HEAD_DIM;
+    const QUERY* source = queries + (stream * rows + row) * HEAD_DIM;
 #pragma unroll
     for (int c = 0; c < KEY_CHUNKS; c++)
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) {
         const int i = (c * LANES + place) * VECTOR + e;
-        query[r][c][e] = row < rows && i < HEAD_DIM ? source[i] * LOG2E : 0.0f;
+        query[r][c][e] = row < rows && i < HEAD_DIM ? widen(source[i]) * scale * LOG2E : 0.0f;
       }
   }
   if (merged) {
     // 0.5 |q_band|^2, in units of log 2: times the spread of a cluster, half the variance of its logits.
     for (int r = warp; r < ROWS; r += WARPS) {
       const int row = min(tile * ROWS + r, rows - 1);
-      const float* source = queries + (stream * rows + row) * HEAD_DIM;
+      const QUERY* source = queries + (stream * rows + row) * HEAD_DIM;
       for (int b = 0; b < BANDS; b++) {
         float energy = 0.0f;
         for (int i = lane; i < BAND; i += 32) {
-          const float q = source[b * BAND + i];
+          const float q = widen(source[b * BAND + i]) * scale;
           energy += q * q;
         }
         energy = warp_sum(energy);
@@ -278,7 +279,7 @@ attend_split(const float* __restrict__ queries, int rows,
 // A block per query row. Zero and -inf where every weight is zero.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend_join(const float* __restrict__ partial, const float2* __restrict__ totals, int pieces,
-            float* __restrict__ outputs, float* __restrict__ logsumexp) {
+            OUTPUT* __restrict__ outputs, float* __restrict__ logsumexp) {
   __shared__ float factors[MOST_PIECES];
   const long long row = blockIdx.x;
   const int lane = threadIdx.x % 32;
@@ -299,6 +300,6 @@ attend_join(const float* __restrict__ partial, const float2* __restrict__ totals
     float output = 0.0f;
 #pragma unroll 8
     for (int p = 0; p < pieces; p++) output += factors[p] * partial[(row * pieces + p) * VALUE_DIM + i];
-    outputs[row * VALUE_DIM + i] = output;
+    narrow_within(output, outputs[row * VALUE_DIM + i]);
   }
 }

@@ -31,6 +31,16 @@ __device__ __forceinline__ void narrow(float x, bfloat16& narrow) {
   narrow.bits = x == x ? (unsigned short)(bits + 0x7fffu + (bits >> 16 & 1u) >> 16) : (unsigned short)0x7fffu;
 }
 
+// The same, but the largest number of the type instead of infinity; NaN stays.
+__device__ __forceinline__ float largest(const float16*) { return 65504.0f; }
+__device__ __forceinline__ float largest(const bfloat16*) { return 3.3895313892515355e38f; }
+__device__ __forceinline__ void narrow_within(float x, float& narrow) { narrow = x; }
+template <class T>
+__device__ __forceinline__ void narrow_within(float x, T& to) {
+  const float most = largest((const T*)nullptr);
+  narrow(x < -most ? -most : x > most ? most : x, to);
+}
+
 constexpr unsigned EVERY_LANE = 0xffffffffu;
 
 template <class T>
@@ -50,6 +60,22 @@ __device__ __forceinline__ void warp_argmin(T& least, int& index) {
       index = other_index;
     }
   }
+}
+
+// A vector in 8 bits with one scale, to nearest, by a warp; see `subgen.rounding.quantize`. `read(d)` gives its numbers.
+template <class Read>
+__device__ __forceinline__ void to_8_bits(Read read, int dim, signed char* codes, float* scale) {
+  const int lane = threadIdx.x % 32;
+  float peak = 0.0f;
+  for (int d = lane; d < dim; d += 32) peak = fmaxf(peak, fabsf(read(d)));
+  for (int step = 16; step; step /= 2) peak = fmaxf(peak, __shfl_xor_sync(EVERY_LANE, peak, step));
+  const float unit = peak / 127.0f;
+  for (int d = lane; d < dim; d += 32) {
+    // The largest keeps its code, and with it the scale of the next rounding.
+    const float x = read(d), code = fabsf(x) == peak ? copysignf(127.0f, x) : rintf(x / unit);
+    codes[d] = unit > 0.0f ? (signed char)(int)fminf(fmaxf(code, -127.0f), 127.0f) : (signed char)0;
+  }
+  if (lane == 0) *scale = unit;
 }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
