@@ -186,12 +186,15 @@ def absorbing(cp: Any, batch: int, tokens: int, block: int) -> float:
     return events(cp.cuda, all_tokens, 3)
 
 
-def whole_sketch(cp: Any, batch: int, tokens: int, window: int) -> tuple[float, float]:
-    """Seconds of `AttentionSketch.update` with the queries, and of a token in `AttentionSketch.step` after it."""
+def whole_sketch(module: Any, arrays: list[Any], window: int) -> tuple[float, float]:
+    """Seconds of `AttentionSketch.update` with the queries, and of a token in `AttentionSketch.step` after it.
+
+    Queries, keys and values of CuPy or torch, and the module of its events.
+    """
     import subgen
 
-    queries = draw(cp, batch, QUERY_HEADS, tokens, HEAD_DIM).astype(cp.float16)
-    keys, values = (draw(cp, batch, KV_HEADS, tokens, HEAD_DIM).astype(cp.float16) for _ in range(2))
+    queries, keys, values = arrays
+    tokens = keys.shape[2]
 
     def update(n: int = tokens) -> Any:
         sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
@@ -199,15 +202,66 @@ def whole_sketch(cp: Any, batch: int, tokens: int, window: int) -> tuple[float, 
         return sketch
 
     update(min(tokens, CLUSTERS + 4 * window))  # compiles what it needs
-    seconds = events(cp.cuda, lambda: update() and None, 1, warmups=0)
+    seconds = events(module, lambda: update() and None, 1, warmups=0)
     sketch, steps = update(), window  # so that merges are in it, as often as they are in a long answer
+    some = tokens_of(arrays, 16)
 
     def decode() -> None:
         for i in range(steps):
-            part = slice(i % tokens, i % tokens + 1)
-            sketch.step(queries[:, :, part], keys[:, :, part], values[:, :, part])
+            sketch.step(*some[i % 16])
 
-    return seconds, events(cp.cuda, decode, 3, warmups=1) / steps
+    return seconds, events(module, decode, 3, warmups=1) / steps
+
+
+def tokens_of(arrays: list[Any], n: int) -> list[list[Any]]:
+    """Tokens as a model gives them: each in arrays of its own."""
+    return [[x[:, :, i : i + 1] + 0 for x in arrays] for i in range(n)]
+
+
+def cupys(cp: Any, batch: int, tokens: int) -> list[Any]:
+    """Queries, keys and values in float16."""
+    return [draw(cp, batch, heads, tokens, HEAD_DIM).astype(cp.float16) for heads in (QUERY_HEADS, KV_HEADS, KV_HEADS)]
+
+
+def by_torch(torch: Any, batch: int, tokens: int, window: int, kernels: bool) -> tuple[float, float]:
+    """`whole_sketch` of torch's tensors: by these kernels, or by torch's own backend."""
+    import subgen_cupy
+    import subgen_torch
+
+    from subgen import backends
+
+    heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
+    arrays = [torch.randn(batch, h, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
+    backends.register(subgen_cupy.torch_backend() if kernels else subgen_torch.BACKEND, replace=True)
+    try:
+        return whole_sketch(torch.cuda, arrays, window)
+    finally:
+        backends.register(subgen_torch.BACKEND, replace=True)
+
+
+def decoders(cp: Any, batch: int) -> tuple[float, float]:
+    """Seconds of a token that `Decoder` takes in and answers: in a graph, and with merges, replayed from Python."""
+    from subgen_cupy import Decoder, capture
+
+    import subgen
+
+    arrays = cupys(cp, batch, CLUSTERS + 4 * EXACT)
+    sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=EXACT, check_finite=False)
+    sketch.update(arrays[1], arrays[2], arrays[0])
+    fill = CACHES_FILLED * int(cp.cuda.Device().attributes["L2CacheSize"])
+    several = [Decoder(sketch) for _ in range(max(1, math.ceil(fill / sketch.nbytes)))]
+    token = tokens_of(arrays, 1)[0]
+    replay, _ = capture(lambda: [decoder.step(*token) for decoder in several])
+    graph = events(cp.cuda, replay, 50) / len(several)
+    decoder = several[0]
+    replay, _ = capture(lambda: decoder.step(*token))
+
+    def decode() -> None:
+        for _ in range(EXACT):
+            replay()
+            decoder.advance()
+
+    return graph, events(cp.cuda, decode, 3, warmups=1) / EXACT
 
 
 def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str, float]]:
@@ -369,11 +423,30 @@ class Bench:
         self.prompt(what, seconds, batch)
 
     def sketch(self, batch: int, tokens: int, window: int) -> None:
-        update, token = whole_sketch(self.cp, batch, tokens, window)
+        update, token = whole_sketch(self.cp.cuda, cupys(self.cp, batch, tokens), window)
         where = f"window {window}, batch {batch}, float16"
         long = tokens == LONG
         self.prompt(f"AttentionSketch.update, {tokens} tokens, {where}", update, batch if long else None)
         self.add(f"AttentionSketch.step, a token, {where}", f"{token * 1e6:.1f} us")
+
+    def decoder(self, batch: int) -> None:
+        graph, replayed = decoders(self.cp, batch)
+        self.add(
+            f"Decoder, a token, batch {batch}, float16",
+            f"{graph * 1e6:.1f} us in a graph; {replayed * 1e6:.1f} us with what the host does, merges included",
+        )
+
+    def tensors(self, batch: int, tokens: int, window: int) -> None:
+        own, kernels = (by_torch(self.torch, batch, tokens, window, which) for which in (False, True))
+        what = f"torch, window {window}, batch {batch}, bfloat16: its own operations, these kernels"
+        self.add(
+            f"AttentionSketch.update, {tokens} tokens, {what}",
+            f"{own[0] * 1e3:.1f} ms, {kernels[0] * 1e3:.1f} ms: {own[0] / kernels[0]:.1f} times as fast",
+        )
+        self.add(
+            f"AttentionSketch.step, a token, {what}",
+            f"{own[1] * 1e6:.1f} us, {kernels[1] * 1e6:.1f} us: {own[1] / kernels[1]:.1f} times as fast",
+        )
 
     def apart(self, batch: int, window: int) -> None:
         host, device, kernels = absorption(self.cp, batch, window)
@@ -389,6 +462,8 @@ class Bench:
         self.part("copy", self.copy)
         for batch in (1, 16, 64):
             self.part(f"step over the sketch, batch {batch}", lambda batch=batch: self.step(batch))  # type: ignore[misc]
+        for batch in (1,) if self.quick else (1, 16, 64):
+            self.part(f"Decoder, batch {batch}", lambda batch=batch: self.decoder(batch))  # type: ignore[misc]
         tokens = 8192 if self.quick else LONG
         for batch in (1,) if self.quick else (1, 4):
             if self.torch is not None:
@@ -408,6 +483,8 @@ class Bench:
                 f"AttentionSketch, batch {batch}",
                 lambda batch=batch, few=few: self.sketch(batch, few, 512),  # type: ignore[misc]
             )
+        for batch in () if self.torch is None else (1,) if self.quick else (1, 16):
+            self.part(f"torch, batch {batch}", lambda batch=batch: self.tensors(batch, 8192, 512))  # type: ignore[misc]
 
 
 def describe(cp: Any, torch: Any | None) -> dict[str, str]:

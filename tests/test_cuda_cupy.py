@@ -336,7 +336,9 @@ def test_bfloat16_is_a_floating_dtype_of_cupy_though_cupy_refuses_to_say_so() ->
     def refuses(*_: object) -> None:
         raise TypeError("dtype argument must be a NumPy dtype")
 
-    cupy, numpy = (types.SimpleNamespace(__name__=name, isdtype=refuses, finfo=refuses) for name in ("cupy", "numpy"))
+    cupy, numpy = (types.ModuleType(name) for name in ("cupy", "numpy"))
+    for module in (cupy, numpy):
+        module.isdtype = module.finfo = refuses  # type: ignore[attr-defined]
     dtype = np.dtype(ml_dtypes.bfloat16)
     assert is_floating(dtype, cupy)
     assert not is_floating(dtype, numpy)

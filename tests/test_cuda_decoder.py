@@ -11,17 +11,14 @@ from subgen_cupy import BACKEND, Decoder, capture
 from test_cuda_kernels import GPUS, library  # noqa: F401
 
 import subgen
-from subgen import _array, backends
-from subgen._array import dtype_name
+from subgen import backends
 
 OPTIONS: dict[str, Any] = {"max_clusters": 24, "window": 16, "sink": 2, "check_finite": False}
 N = 130
 
 
 @pytest.fixture
-def lab(library: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:  # noqa: F811
-    if library.name == "emulation":  # NumPy's then stand for CuPy's
-        monkeypatch.setattr(_array, "_is_cupys_bfloat16", lambda dtype, xp: dtype_name(dtype) == "bfloat16")
+def lab(library: Lab) -> Lab:  # noqa: F811
     return library
 
 

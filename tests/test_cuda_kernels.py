@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -845,7 +845,7 @@ GPUS = ("gpu", "torch_gpu")
 
 
 @pytest.fixture(params=["emulation", "torch", *(pytest.param(gpu, marks=pytest.mark.gpu) for gpu in GPUS)])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lab:
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """Where the library uses the kernels: on a GPU, and in the emulation for arrays of NumPy and torch."""
     labs = {
         "emulation": cuda_labs.emulation,
@@ -855,7 +855,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     }
     lab = labs[request.param]()
     if request.param == "gpu":
-        return lab
+        yield lab
+        return
     operations = BACKEND.operations if request.param == "emulation" else torch_backend().operations
     name = "numpy" if request.param == "emulation" else "torch"
     resolved = {**backends._resolved, name: backends.Operations(**operations)}
@@ -863,7 +864,11 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param not in GPUS:
         monkeypatch.setattr(_operations, "device_of", lambda x: lab.device)
         monkeypatch.setattr(_torch, "on_cuda", lambda x: True)
-    return lab
+    if request.param == "emulation":  # NumPy's bfloat16 then stands for CuPy's
+        monkeypatch.setattr(_array, "_is_cupys_bfloat16", lambda dtype, xp: dtype_name(dtype) == "bfloat16")
+    _array.is_floating.cache_clear()
+    yield lab
+    _array.is_floating.cache_clear()
 
 
 def run_sketch(lab: Lab, arrays: list[np.ndarray], asked: bool, **options: Any) -> tuple[np.ndarray, Any]:
@@ -916,9 +921,7 @@ def test_the_sketch_answers_as_well_as_with_the_portable_code(
 
 
 @pytest.mark.parametrize("storage", ["input", "int8"])
-def test_a_sketch_of_bfloat16(library: Lab, monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:
-    if library.name == "emulation":  # NumPy's then stand for CuPy's
-        monkeypatch.setattr(_array, "_is_cupys_bfloat16", lambda dtype, xp: dtype_name(dtype) == "bfloat16")
+def test_a_sketch_of_bfloat16(library: Lab, storage: Any) -> None:
     rng = np.random.default_rng(16)
     arrays = [rng.normal(size=(heads, 130, 8)).astype(DTYPES["bfloat16"]) for heads in (4, 2, 2)]
     errors = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
+
 from subgen.merging import bands as bands_of
 
 from ._launch import ELEMENTS, MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, f32, i32, i64
@@ -23,6 +25,7 @@ _BLOCKS_EACH = 6
 _MOST_PIECES = 64
 
 
+@cache
 def attention_module(
     dtype: str,
     spread_dtype: str,
@@ -90,12 +93,23 @@ def attention_module(
     )
 
 
-def _pieces(count: int, streams_and_tiles: int, keys_a_turn: int, device: Device) -> int:
-    """Cut a stream's keys so that the device is full, but no warp is left without a key."""
-    if count == 0:
-        return 0
-    wanted = ceil_div(_BLOCKS_EACH * device.multiprocessors, streams_and_tiles)
-    return max(1, min(wanted, ceil_div(count, keys_a_turn), _MOST_PIECES))
+@lru_cache(maxsize=4096)
+def _cut(
+    module: Module, streams: int, rows: int, exact_count: int, mean_count: int, multiprocessors: int
+) -> tuple[int, int, int]:
+    """Tiles of the rows, and pieces of the exact pairs and of the clusters: enough that the device is full."""
+    constants = dict(module.constants)
+    tiles = ceil_div(rows, constants["ROWS"])
+    keys_a_turn = _WARPS * (32 // constants["LANES"]) * constants["AHEAD"]
+
+    def pieces(count: int, streams_and_tiles: int) -> int:
+        """Cut a stream's keys, but leave no warp without a key."""
+        wanted = ceil_div(_BLOCKS_EACH * multiprocessors, streams_and_tiles)
+        return max(1, min(wanted, ceil_div(count, keys_a_turn), _MOST_PIECES)) if count else 0
+
+    # Exact pairs and clusters share the blocks in proportion.
+    of_exact = pieces(exact_count, streams * tiles * (2 if mean_count > exact_count else 1))
+    return tiles, of_exact, pieces(mean_count, streams * tiles)
 
 
 def attend(
@@ -155,13 +169,7 @@ def attend(
         per_stream = 0 if weights.shape[0] == 1 else weights.shape[1] * exact_count
     query_dtype = element(queries.dtype)
     module = attention_module(dtype, spread_dtype, head_dim, value_dim, rows, bands, query_dtype, output_dtype)
-    constants = dict(module.constants)
-    tiles = ceil_div(rows, constants["ROWS"])
-
-    keys_a_turn = _WARPS * (32 // constants["LANES"]) * constants["AHEAD"]
-    # Exact pairs and clusters share the blocks in proportion.
-    exact_pieces = _pieces(exact_count, streams * tiles * (2 if mean_count > exact_count else 1), keys_a_turn, device)
-    mean_pieces = _pieces(mean_count, streams * tiles, keys_a_turn, device)
+    tiles, exact_pieces, mean_pieces = _cut(module, streams, rows, exact_count, mean_count, device.multiprocessors)
     pieces = exact_pieces + mean_pieces
     outputs = device.empty((streams, rows, value_dim), output_dtype)
     logsumexp = device.empty((streams, rows), "float32")

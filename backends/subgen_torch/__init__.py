@@ -9,6 +9,7 @@ from subgen.backends import Backend
 
 from ._absorbing import absorb, quantize
 from ._attention import sketch_attention, weighted_attention
+from ._decoding import decode
 from ._merging import merge_closest
 from ._tail import write
 
@@ -23,5 +24,6 @@ BACKEND = Backend(
         "write": write,
         "quantize": quantize,
         "absorb": absorb,
+        "decode": decode,
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -75,8 +76,9 @@ def dtype_name(dtype: object) -> str:
     return str(getattr(dtype, "name", dtype)).split(".")[-1]
 
 
+@cache
 def is_floating(dtype: Any, xp: Namespace) -> bool:
-    """Whether a library computes with a dtype, and as with real numbers."""
+    """Whether a library computes with a dtype, and as with real numbers; remembered, as every token asks thrice."""
     if _is_cupys_bfloat16(dtype, xp):
         return True
     try:

@@ -1,0 +1,61 @@
+"""A token on a CPU, by the NumPy backend over the same memory; elsewhere by the portable code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from subgen_numpy import BACKEND
+from torch import Tensor
+
+from subgen import decoding
+from subgen.backends import Operations
+from subgen.decoding import Decoded, Held
+from subgen.rounding import Codes
+
+from ._shared import by_numpy, shared
+
+__all__ = ["decode"]
+
+_numpy = Operations(**BACKEND.operations)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What is held, over the memory of the tensors; see `subgen.decoding.Held`."""
+
+    keys: NDArray[Any]
+    values: NDArray[Any]
+    counts: NDArray[np.int32]
+    spread: NDArray[Any]
+    queries: Codes
+    n_means: int
+    n_exact: int
+    n_seen: int
+
+
+@torch.no_grad()
+def decode(held: Held, queries: Tensor, keys: Tensor, values: Tensor, scale: float, ops: Any) -> Decoded:
+    """Put a token behind the exact ones and answer it; see `subgen.decoding.decode`.
+
+    Of dtypes that NumPy computes with, and tensors that may be written to: those made in inference mode only in it.
+    """
+    by_torch = keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.float64)
+    if by_torch or (held.keys.is_inference() and not torch.is_inference_mode_enabled()):
+        return decoding.decode(held, queries, keys, values, scale, ops)
+    mine = _Shared(
+        keys=shared(held.keys),
+        values=shared(held.values),
+        counts=shared(held.counts),
+        spread=shared(held.spread),
+        queries=shared(held.queries),
+        n_means=held.n_means,
+        n_exact=held.n_exact,
+        n_seen=held.n_seen,
+    )
+    decoded = by_numpy(_numpy.decode, mine, queries, keys, values, scale, _numpy)
+    # NumPy writes in place.
+    return Decoded(held.keys, held.values, held.queries, torch.from_numpy(decoded.outputs))
