@@ -9,7 +9,7 @@ from ._array import Array, narrow
 from .rounding import Codes
 from .weighted import scaled
 
-__all__ = ["Decoded", "Held", "decode", "written"]
+__all__ = ["Decoded", "Held", "decode", "n_sinks", "written"]
 
 
 class Held(Protocol):
