@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,13 @@ class EmulatedTorchDevice(TorchDevice):
 
     def run(self, launch: Launch) -> None:
         self.emulated.run(launch)
+
+    @property
+    def recordable(self) -> bool:
+        return True
+
+    def replayed(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        return self.emulated.replayed(launches)
 
 
 class TorchLab(Lab):

@@ -14,7 +14,7 @@ from subgen_cupy._decoding import decoding_module
 from subgen_cupy._launch import Module
 from subgen_cupy._leaders import leaders_module
 from subgen_cupy._merging import MERGING
-from subgen_cupy._rounding import ROUNDING
+from subgen_cupy._rounding import rounding_module
 from subgen_cupy._threefry import THREEFRY
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
     ),
     "decoding": (decoding_module("bfloat16", "bfloat16"), {"count_tokens": 16, "take_in": 48}),
     "threefry": (THREEFRY, {"threefry2x32": 32}),
-    "rounding": (ROUNDING, {"quantize": 48}),
+    "rounding": (rounding_module("float16"), {"query_codes": 48}),
     "leaders": (leaders_module("float16"), {"nearest_centres": 128, "open_leaders": 64}),
     **{
         f"absorbing_{stored}": (

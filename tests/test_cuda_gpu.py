@@ -96,8 +96,8 @@ def test_merging_never_asks_the_host(lab: Lab, most: int, remember: bool) -> Non
     spread, leaders = rng.random((2, 1536, 4), dtype=np.float32), keys.astype(np.float16)
     nearest = None
     if remember:
-        nearest = (np.arange(1536, dtype=np.int32) + rng.integers(1, 1024, size=(2, 1536)).astype(np.int32)) % 1024
-        nearest[:, 1024:] = -1
+        nearest = (np.arange(1536, dtype=np.int32) + rng.integers(1, 500, size=(2, 1536)).astype(np.int32)) % 500
+        nearest[:, 500:] = -1  # so many are new that 512 can merge without those that remember others
     means, scale = (
         Means(keys, values, counts, spread, importance, leaders, nearest).each(lab.put),
         lab.put(np.ones(2, np.float32)),
@@ -123,7 +123,8 @@ def test_merging_never_asks_the_host(lab: Lab, most: int, remember: bool) -> Non
     eager, eager_moved = BACKEND.operations["merge_closest"](means, metric, scale, most, most)
     for mine, now in zip((*result[0].arrays(), result[1]), (*eager.arrays(), eager_moved), strict=True):
         np.testing.assert_array_equal(lab.get(mine), lab.get(now))
-    assert (lab.get(eager_moved) != moved).any()
+    if most == 1024:
+        assert (lab.get(eager_moved) != moved).any()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -164,6 +165,21 @@ def test_long_streams_are_answered_as_well_as_on_numpy(lab: Lab, dtype: str) -> 
         outputs = get(sketch.attend(put(queries[:, -4:])))
         errors.append(np.linalg.norm(outputs.astype(np.float32) - exact) / np.linalg.norm(exact))
     assert errors[1] < 1.1 * errors[0]
+
+
+def test_a_long_block_is_replayed_and_waits_for_nothing(lab: Lab) -> None:
+    rng = np.random.default_rng(6)
+    queries, keys, values = (lab.put(rng.normal(size=(heads, 1500, 64)).astype(np.float16)) for heads in (8, 2, 2))
+    states: list[Any] = []
+    for size in (1500, 30):
+        sketch = subgen.AttentionSketch(max_clusters=64, window=64, check_finite=False)
+        for i in range(0, 1500, size):
+            sketch.update(*(x[:, i : i + size] for x in (keys, values, queries)))
+        states.append(sketch.state)
+    whole, pieces = states
+    for name in ("keys", "values", "counts", "spread", "importance"):
+        used = slice(0, 64 + whole.n_exact)
+        np.testing.assert_array_equal(lab.get(getattr(whole, name))[:, used], lab.get(getattr(pieces, name))[:, used])
 
 
 def test_rows_too_many_or_too_wide_go_to_matrix_products(lab: Lab) -> None:

@@ -317,15 +317,19 @@ def test_threefry_matches_the_known_answers_and_the_portable_words(lab: Lab) -> 
 # Rounding
 
 
-def test_vectors_in_8_bits_are_the_portable_ones(lab: Lab) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_queries_in_8_bits_are_the_portable_ones(lab: Lab, dtype: str, group: int) -> None:
     rng = np.random.default_rng(14)
-    x = rng.normal(size=(3, 11, 70)).astype(np.float32) * 10.0 ** rng.integers(-6, 6, size=(3, 11, 1))
-    x = x.astype(np.float32)
-    x[0, 3], x[1, 2, ::2] = 0.0, np.float32(2.5)
-    # One head of a group: its vectors lie apart.
-    for part in (slice(0, 11), slice(4, 5), slice(0, 7)):
-        got = _rounding.quantize(lab.device, lab.put(x)[:, part])
-        expected = PORTABLE["quantize"](x[:, part], np.dtype("float32"))
+    x = rng.normal(size=(2, group, 11, 70)) * 10.0 ** rng.integers(-6, 4, size=(2, group, 11, 1))
+    x = x.astype(DTYPES[dtype])
+    x[0, 0, 3], x[1, 0, 2, ::2] = 0.0, 2.5
+    wide = x.astype(np.float32)
+    # Part of a block: its heads lie apart.
+    for part, first in ((slice(0, 11), 0), (slice(4, 5), 7), (slice(0, 7), 2)):
+        rows = lab.put(x.reshape(2 * group, 11, 70))[:, part]
+        got = _rounding.query_codes(lab.device, rows, group, 0.3, first)
+        expected = PORTABLE["query_codes"](wide[:, :, part], 0.3, first, np.dtype("float32"), backends.Operations())
         np.testing.assert_array_equal(lab.get(got.codes), expected.codes)
         np.testing.assert_array_equal(lab.get(got.scales), expected.scales)
 
@@ -810,7 +814,7 @@ def test_a_block_is_absorbed_in_eleven_launches(monkeypatch: pytest.MonkeyPatch,
     names = [launch.kernel for launch in lab.device.launches]  # type: ignore[attr-defined]
     merging_names = ["weighted_mean", "features", "map_points", "pair_costs", "match_pairs", "merge_pairs"]
     absorbed = ["gather", "turn_away", "weigh", "query_moment", *merging_names, "settle"]
-    assert [name for name in names if name != "quantize"] == absorbed
+    assert [name for name in names if name != "query_codes"] == absorbed
     assert len(absorbed) == 11
 
 
@@ -829,7 +833,8 @@ def test_new_clusters_alone_are_compared_with_all_but_every_eighth_time(monkeypa
     monkeypatch.setattr(_merging, "match", matching)
     x = np.random.default_rng(17).normal(size=(2, 18 + 8 * 17 + 1, 8)).astype(np.float32)
     sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2)
-    sketch.update(x, x, x)
+    for i in range(0, x.shape[1], 7):  # less than would be replayed
+        sketch.update(*(x[:, i : i + 7],) * 3)
     # Four blocks of eight fill the clusters and more; of what merged then, each pair is one new cluster.
     assert len(new) == 18
     for turn, streams in enumerate(new):
@@ -972,6 +977,64 @@ def test_a_token_is_three_launches(library: Lab, heads: int) -> None:
     assert tuple(outputs.shape) == (2, heads, 1, 8)
     given = {library.device.pointer(x) for x in token}
     assert given <= {int(x) for launch in launches for x in launch.arguments if isinstance(x, np.uint64)}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("turns", [7, 8, 9, 20])
+@pytest.mark.parametrize("few", [4, 768])
+def test_a_long_block_is_what_its_turns_are(
+    library: Lab, turns: int, asked: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, whether they are launched one by one or replayed."""
+    monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", few)
+    rng = np.random.default_rng(19)
+    n = 18 + 5 * 8 + turns * 8 + 3
+    # Of a longer prompt, so that streams lie apart.
+    arrays = [library.put(rng.normal(size=(1, h, n + 10, 8)).astype(np.float16))[:, :, :n] for h in (4, 2, 2)]
+    states = []
+    for size in (n, 8, 3):
+        sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2, seed=3)
+        for i in range(0, n, size):
+            q, k, v = (x[:, :, i : i + size] for x in arrays)
+            sketch.update(k, v, q if asked else None)
+        states.append(sketch.state)
+    whole: Any
+    whole, *others = states
+    assert whole.n_seen == n
+    used = 24 + whole.n_exact
+    for other in others:
+        assert (whole.n_exact, whole.asked) == (other.n_exact, other.asked)
+        for name in ("keys", "values", "counts", "spread", "importance", "nearest"):
+            mine, theirs = getattr(whole, name), getattr(other, name)
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                np.testing.assert_array_equal(library.get(mine)[:, :used], library.get(theirs)[:, :used])
+        for name in ("codes", "scales"):
+            pair = (library.get(getattr(s.queries, name))[:, : len(s.asked)] for s in (whole, other))
+            if asked:
+                np.testing.assert_array_equal(*pair)
+
+
+def test_a_long_block_leaves_what_it_was_given(library: Lab) -> None:
+    """The turns write into arrays of their own; what comes after is the same, too."""
+    rng = np.random.default_rng(20)
+    arrays = [rng.normal(size=(2, 400, 8)).astype(np.float32) for _ in range(3)]
+    queries, keys, values = map(library.put, arrays)
+    sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2)
+    sketch.update(keys[:, :200], values[:, :200], queries[:, :200])
+    state: Any = sketch.state
+    used = 24 + state.n_exact  # what is behind is room, which may be written
+    before = [np.array(library.get(x))[:, :used] for x in (state.keys, state.values, state.counts, state.spread)]
+    again = sketch.continued(sketch.layout, state)
+    for each in (sketch, again):
+        each.update(keys[:, 200:], values[:, 200:], queries[:, 200:])
+    now = [library.get(x)[:, :used] for x in (state.keys, state.values, state.counts, state.spread)]
+    for x, y in zip(now, before, strict=True):
+        np.testing.assert_array_equal(x, y)
+    for mine, given in zip((queries, keys, values), arrays, strict=True):
+        np.testing.assert_array_equal(library.get(mine), given)
+    mine, theirs = (library.get(each.attend(queries[:, -1:])) for each in (sketch, again))
+    np.testing.assert_array_equal(mine, theirs)
 
 
 def test_a_token_in_decoding_copies_no_window(library: Lab) -> None:

@@ -12,11 +12,13 @@ from . import _torch
 from ._cupy import capture
 from ._decoder import Decoder
 from ._operations import (
+    absorb_blocks,
     assign_leaders,
     collect,
     decode,
     merge_closest,
     quantize,
+    query_codes,
     query_moment,
     settle,
     sketch_attention,
@@ -37,9 +39,11 @@ BACKEND = Backend(
         "merge_closest": merge_closest,
         "write": write,
         "quantize": quantize,
+        "query_codes": query_codes,
         "collect": collect,
         "query_moment": query_moment,
         "settle": settle,
+        "absorb_blocks": absorb_blocks,
         "decode": decode,
     },
 )

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from math import sqrt
+from typing import Any
+
+import numpy as np
 
 from subgen.absorbing import VALUE_WEIGHT, Dithers, Settled
+from subgen.blocks import Tokens
 from subgen.merging import Means
 from subgen.metric import LEAST_ANGLE, RIDGE
 from subgen.rounding import GOLDEN, Codes
 
 from ._launch import ELEMENTS, MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, f64, i32, i64
 
-__all__ = ["MOST_DIM", "absorbing_module", "collect", "key_moment", "query_moment", "settle"]
+__all__ = [
+    "MOST_DIM",
+    "Stored",
+    "Turns",
+    "absorbing_module",
+    "collect",
+    "key_moment",
+    "query_moment",
+    "settle",
+    "settle_into",
+    "stored_like",
+]
 
 _WARPS = 8
 _THREADS = 256
 _ROWS = 32
 _TILE = 32
 _KEY_THREADS = 1024
+_NULL = np.uint64(0)
 
 #: Numbers of a key that a block has room for in every warp.
 MOST_DIM = MAX_SHARED // (4 * _WARPS)
@@ -28,11 +45,44 @@ def absorbing_module(stored: str, means: str) -> Module:
     return Module("absorbing.cu", types=(("ELEMENT", ELEMENTS[stored]), ("MEAN", ELEMENTS[means])))
 
 
-def collect(device: Device, held: Means, keys: Array, values: Array, leave: int, weight: float) -> tuple[Means, Array]:
+@dataclass(frozen=True)
+class Turns:
+    """Where the numbers are that differ between turns of `subgen.blocks`: what is launched is then the same each time.
+
+    Attributes
+    ----------
+    table : float64 array, shape (turns, 6)
+        The factor of importance; what was drawn for keys, values, spread and importance; whether all are compared anew.
+    counters : int64 array, shape (2,)
+        A turn reads its number from one of them, and leaves the next in the other.
+    odd : bool
+        Whether this turn reads the second.
+    """
+
+    table: Array
+    counters: Array
+    odd: bool
+
+    def addresses(self, device: Device) -> list[Any]:
+        """Return the arguments: the table, this turn and the next."""
+        counters = device.pointer(self.counters)
+        now, later = (counters + 8, counters) if self.odd else (counters, counters + 8)
+        return [address(device, self.table), np.uint64(now), np.uint64(later)]
+
+
+def collect(
+    device: Device,
+    held: Means,
+    keys: Array,
+    values: Array,
+    leave: int,
+    weight: float = 0.0,
+    turns: Turns | None = None,
+) -> tuple[Means, Array]:
     """Put the tokens that leave behind the clusters; see `subgen.absorbing.collect`. Three launches.
 
     Keys, values, spread and importance are stored in one dtype of up to 32 bits; means in that or in float32. Keys have
-    at most `MOST_DIM` numbers.
+    at most `MOST_DIM` numbers. The weight is an argument, or in memory.
     """
     streams, window, head_dim = keys.shape
     value_dim, (clusters, bands) = values.shape[-1], held.spread.shape[1:]
@@ -54,6 +104,7 @@ def collect(device: Device, held: Means, keys: Array, values: Array, leave: int,
         leaders=None if leaders is None else device.empty((streams, places, head_dim), stored),
         nearest=None if nearest is None else device.empty((streams, places), "int32"),
     )
+    turn = [_NULL] * 3 if turns is None else turns.addresses(device)
     sums = device.empty((streams, chunks, head_dim), "float32")
     lengths, away = device.empty((streams, rows), "float32"), device.empty((streams, rows), "float32")
     norms, value_scale = device.empty((streams, window), "float32"), device.empty((streams,), "float32")
@@ -63,6 +114,7 @@ def collect(device: Device, held: Means, keys: Array, values: Array, leave: int,
         *(i64(step) for step in (held_key_step, held_value_step, key_step, value_step)),
         *(i32(x) for x in (clusters, window, leave, head_dim, value_dim, bands)),
         *(address(device, x) for x in (*pool.arrays(), sums, lengths, norms)),
+        *turn,
     ]
     device.run(Launch(module, "gather", streams * chunks, _THREADS, arguments, shared=4 * _WARPS * head_dim))
     arguments = [
@@ -77,6 +129,7 @@ def collect(device: Device, held: Means, keys: Array, values: Array, leave: int,
         *(i32(x) for x in (clusters, window, leave)),
         *(f64(x) for x in (weight, LEAST_ANGLE, sqrt(VALUE_WEIGHT))),
         *(address(device, x) for x in (pool.importance, value_scale)),
+        *turn[:2],
     ]
     device.run(Launch(module, "weigh", streams, _THREADS, arguments))
     return pool, value_scale
@@ -115,6 +168,68 @@ def key_moment(device: Device, keys: Array, scale: float | None) -> Array:
     return moment
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A sketch as it is stored: clusters, and behind them the exact tokens and room.
+
+    Attributes
+    ----------
+    keys, values : array, shape (streams, clusters + sink + window, dim)
+        With codes of the means, exact tokens alone.
+    counts, spread, importance, nearest
+        See `subgen.merging.Means`. None where `settle` does not write them: counts and nearest others are as they were
+        after the merging.
+    key_codes, value_codes, queries : Codes
+        See `subgen.absorbing.Settled`.
+    """
+
+    keys: Array
+    values: Array
+    spread: Array
+    importance: Array
+    queries: Codes
+    key_codes: Codes | None = None
+    value_codes: Codes | None = None
+    counts: Array | None = None
+    nearest: Array | None = None
+
+
+def stored_like(
+    device: Device, dtype: str, dims: tuple[int, int], sizes: tuple[int, int, int, int, int], coded: bool, whole: bool
+) -> Stored:
+    """Return arrays for `settle` to write.
+
+    Parameters
+    ----------
+    device : Device
+    dtype : str
+        Of the tokens.
+    dims : (head_dim, value_dim)
+    sizes : (streams, clusters, exact, window, bands)
+    coded : bool
+        Whether means are in 8 bits.
+    whole : bool
+        With counts, and with nearest others.
+    """
+    (head_dim, value_dim), (streams, clusters, exact, window, bands) = dims, sizes
+
+    def codes(n: int, dim: int, scales: str) -> Codes:
+        return Codes(device.empty((streams, n, dim), "int8"), device.empty((streams, n), scales))
+
+    places = exact if coded else clusters + exact
+    return Stored(
+        keys=device.empty((streams, places, head_dim), dtype),
+        values=device.empty((streams, places, value_dim), dtype),
+        spread=device.empty((streams, clusters, bands), dtype),
+        importance=device.empty((streams, clusters), dtype),
+        queries=codes(window, head_dim, "float32"),
+        key_codes=codes(clusters, head_dim, dtype) if coded else None,
+        value_codes=codes(clusters, value_dim, dtype) if coded else None,
+        counts=device.empty((streams, clusters), "int32") if whole else None,
+        nearest=device.empty((streams, clusters), "int32") if whole else None,
+    )
+
+
 def settle(
     device: Device,
     means: Means,
@@ -122,12 +237,37 @@ def settle(
     values: Array,
     queries: Codes,
     leave: int,
-    dithers: Dithers,
+    dithers: Dithers | None,
     coded: bool,
 ) -> Settled:
     """Round clusters, and move up the tokens that stay; see `subgen.absorbing.settle`. One launch.
 
     Means are in float32, tokens in one dtype of up to 32 bits.
+    """
+    (streams, exact, head_dim), (clusters, bands) = keys.shape, means.spread.shape[1:]
+    sizes = (streams, clusters, exact, queries.codes.shape[1], bands)
+    new = stored_like(device, element(keys.dtype), (head_dim, values.shape[-1]), sizes, coded, whole=False)
+    settle_into(device, new, means, keys, values, queries, leave, dithers)
+    names = ("keys", "values", "spread", "importance", "key_codes", "value_codes", "queries")
+    return Settled(**{name: getattr(new, name) for name in names})
+
+
+def settle_into(
+    device: Device,
+    new: Stored,
+    means: Means,
+    keys: Array,
+    values: Array,
+    queries: Codes,
+    leave: int,
+    dithers: Dithers | None = None,
+    turns: Turns | None = None,
+    coming: Tokens | None = None,
+) -> None:
+    """Do what `settle` does, into arrays. One launch.
+
+    Dithers are an argument, or in memory. With turns, their tokens take the room that is left: ``coming`` are those of
+    all turns.
     """
     streams, exact, head_dim = keys.shape
     value_dim, (clusters, bands), window = values.shape[-1], means.spread.shape[1:], queries.codes.shape[1]
@@ -135,31 +275,28 @@ def settle(
     (keys, key_step), (values, value_step) = map(device.streams, (keys, values))
     of_means = [device.packed(x, "float32") for x in (means.keys, means.values, means.spread, means.importance)]
     codes, scales = device.packed(queries.codes), device.packed(queries.scales, "float32")
-
-    def empty_codes(dim: int) -> Codes:
-        return Codes(device.empty((streams, clusters, dim), "int8"), device.empty((streams, clusters), dtype))
-
-    places = exact if coded else clusters + exact
-    settled = Settled(
-        keys=device.empty((streams, places, head_dim), dtype),
-        values=device.empty((streams, places, value_dim), dtype),
-        spread=device.empty((streams, clusters, bands), dtype),
-        importance=device.empty((streams, clusters), dtype),
-        key_codes=empty_codes(head_dim) if coded else None,
-        value_codes=empty_codes(value_dim) if coded else None,
-        queries=Codes(device.empty((streams, window, head_dim), "int8"), device.empty((streams, window), "float32")),
-    )
-    results = [settled.keys, settled.values, settled.spread, settled.importance]
-    for of in (settled.key_codes, settled.value_codes, settled.queries):
+    results = [new.keys, new.values, new.spread, new.importance]
+    for of in (new.key_codes, new.value_codes, new.queries):
         results += [None, None] if of is None else [of.codes, of.scales]
+    drawn = [0.0] * 4 if dithers is None else [getattr(dithers, field.name).drawn for field in fields(dithers)]
+    arriving: list[Array | None] = [None] * 4
+    steps = [0, 0, 0]
+    if coming is not None:
+        (arriving[0], steps[0]), (arriving[1], steps[1]) = map(device.streams, (coming.keys, coming.values))
+        steps[2] = coming.keys.shape[1]
+        if coming.queries is not None:
+            arriving[2:] = device.packed(coming.queries.codes), device.packed(coming.queries.scales, "float32")
     rows = streams * (clusters + exact)
     arguments = [
         *(address(device, x) for x in (*of_means, keys, values, codes, scales)),
         *(i64(x) for x in (key_step, value_step, rows)),
         *(i32(x) for x in (clusters, exact - window, window, leave, head_dim, value_dim, bands)),
-        *(f64(x) for x in (GOLDEN, *(d.drawn for d in (dithers.keys, dithers.values, dithers.spread)))),
-        f64(dithers.importance.drawn),
+        *(f64(x) for x in (GOLDEN, *drawn)),
         *(address(device, x) for x in results),
+        *(address(device, x) for x in (means.counts, means.nearest, new.counts)),
+        address(device, None if means.nearest is None else new.nearest),
+        *([_NULL] * 2 if turns is None else turns.addresses(device)[:2]),
+        *(address(device, x) for x in arriving),
+        *(i64(step) for step in steps),
     ]
     device.run(Launch(absorbing_module(dtype, dtype), "settle", ceil_div(rows, _WARPS), _THREADS, arguments))
-    return settled

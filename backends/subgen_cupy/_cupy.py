@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
 from ._launch import ALIGNMENT, Array, Launch, Module, element, elements, stream_step
 
-__all__ = ["CupyDevice", "KernelError", "capture", "device_of", "launch_on", "multiprocessors_of", "stream_at"]
+__all__ = [
+    "CupyDevice",
+    "KernelError",
+    "capture",
+    "device_of",
+    "graph_of",
+    "launch_on",
+    "multiprocessors_of",
+    "stream_at",
+]
 
 Result = TypeVar("Result")
 
@@ -42,6 +51,20 @@ def launch_on(device: int, launch: Launch) -> None:
     """Launch on the current stream of the current device, which has this number."""
     function = _function(device, launch.module, launch.kernel)
     function((launch.blocks,), (launch.threads,), tuple(launch.arguments), shared_mem=launch.shared)
+
+
+def graph_of(device: int, launches: Sequence[Launch]) -> Any:
+    """Record launches as a CUDA graph; none of them is run. Each was launched before, so that nothing is compiled."""
+    import cupy
+
+    with cupy.cuda.Device(device), cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            for launch in launches:
+                launch_on(device, launch)
+        finally:
+            graph = stream.end_capture()
+    return graph
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,17 @@ class CupyDevice:
         with self.xp.cuda.Device(self.number):
             return self.xp.empty(shape, dtype=_dtype(dtype))
 
+    @property
+    def recordable(self) -> bool:
+        """Whether nobody records what the current stream is given."""
+        with self.xp.cuda.Device(self.number):
+            return not self.xp.cuda.get_current_stream().is_capturing()
+
+    def upload(self, x: Any) -> Array:
+        """Copy from the host."""
+        with self.xp.cuda.Device(self.number):
+            return self.xp.asarray(x)
+
     def packed(self, x: Array, dtype: str | None = None) -> Array:
         """Copy if need be."""
         if dtype in (None, element(x.dtype)) and x.flags.c_contiguous and self.pointer(x) % ALIGNMENT == 0:
@@ -119,6 +153,16 @@ class CupyDevice:
         """Launch on the current stream of the device."""
         with self.xp.cuda.Device(self.number):
             launch_on(self.number, launch)
+
+    def replayed(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """Return a graph of them, launched on the current stream of the device."""
+        graph = graph_of(self.number, launches)
+
+        def replay() -> None:
+            with self.xp.cuda.Device(self.number):
+                graph.launch()
+
+        return replay
 
 
 def _dtype(name: str) -> Any:

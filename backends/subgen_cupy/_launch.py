@@ -7,7 +7,7 @@ arguments and order of the launches are tested without a GPU too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -127,8 +127,15 @@ class Device(Protocol):
     def multiprocessors(self) -> int:
         """How many processors the blocks of a kernel are spread over."""
 
+    @property
+    def recordable(self) -> bool:
+        """Whether launches can be recorded now: they cannot while a caller records."""
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Return a C-contiguous array, not initialised."""
+
+    def upload(self, x: Any) -> Array:
+        """Copy an array of NumPy to the device, without waiting for what is in the queue."""
 
     def packed(self, x: Array, dtype: str | None = None) -> Array:
         """Return the array, or a copy, so that it is C-contiguous, of a dtype and aligned to 16 bytes."""
@@ -141,6 +148,9 @@ class Device(Protocol):
 
     def run(self, launch: Launch) -> None:
         """Put a launch into the queue."""
+
+    def replayed(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """Return what puts them all into the queue, as often as it is called; arrays must be kept until then."""
 
 
 def stream_step(shape: Sequence[int], strides: Sequence[int], size: int, pointer: int) -> int | None:

@@ -5,25 +5,28 @@ Arrays are CuPy's, or tensors of torch on a CUDA device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from subgen.absorbing import Dithers, Settled
 from subgen.backends import PORTABLE
+from subgen.blocks import Tokens, Turn, Turned
 from subgen.decoding import Decoded, Held
 from subgen.merging import Means
 from subgen.rounding import Codes, Dither
 
-from . import _absorbing, _attention, _cupy, _decoding, _leaders, _merging, _rounding, _threefry, _torch
-from ._launch import Array, Device, element
+from . import _absorbing, _attention, _blocks, _cupy, _decoding, _leaders, _merging, _rounding, _threefry, _torch
+from ._launch import ALIGNMENT, Array, Device, element
 
 __all__ = [
+    "absorb_blocks",
     "assign_leaders",
     "collect",
     "decode",
     "device_of",
     "merge_closest",
     "quantize",
+    "query_codes",
     "query_moment",
     "settle",
     "sketch_attention",
@@ -128,12 +131,22 @@ def write(x: Array, start: int, block: Array) -> Array:
     return x
 
 
+def query_codes(queries: Array, scale: float, first: int, dtype: object, ops: Any) -> Codes:
+    """Choose and round a query of each token; see `subgen.queries.query_codes`. In one launch."""
+    if element(queries.dtype) not in _STORED or element(dtype) != "float32" or 0 in queries.shape:
+        codes: Codes = _without("query_codes", queries)(queries, scale, first, dtype, ops)
+        return codes
+    device, (streams, group, n, dim) = device_of(queries), queries.shape
+    rows = device.xp.reshape(queries, (streams * group, n, dim))
+    return _rounding.query_codes(device, rows, group, scale, first)
+
+
 def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
     """Round vectors to 8 bits; see `subgen.rounding.quantize`. To nearest, in float32, in one launch."""
     if uniform is not None or {element(x.dtype), element(dtype)} != {"float32"} or x.size == 0:
         codes: Codes = _without("quantize", x)(x, dtype, uniform)
         return codes
-    return _rounding.quantize(device_of(x), x)
+    return _rounding.query_codes(device_of(x), x, 1, 1.0, 0)
 
 
 def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) -> tuple[Means, Array]:
@@ -175,6 +188,40 @@ def settle(
         settled: Settled = _without("settle", keys)(means, keys, values, queries, leave, dithers, coded)
         return settled
     return _absorbing.settle(device_of(keys), means, keys, values, queries, leave, dithers, coded)
+
+
+def absorb_blocks(
+    held: Means,
+    keys: Array,
+    values: Array,
+    queries: Codes,
+    tokens: Tokens,
+    scale: float | None,
+    leave: int,
+    turns: Sequence[Turn],
+    ops: Any,
+) -> Turned:
+    """Let half a window join the clusters, turn after turn; see `subgen.blocks.absorb_blocks`.
+
+    Recorded as a CUDA graph and replayed, where there are enough turns and kernels take the arrays as they lie.
+    """
+    stored, arrays = element(keys.dtype), (held.keys, held.values, held.spread, held.importance, values)
+    size = 4 if stored == "float32" else 2
+    taken = (
+        len(turns) >= _blocks.FEWEST_TURNS
+        and stored in _STORED
+        and {element(x.dtype) for x in (*arrays, tokens.keys, tokens.values)} == {stored}
+        and element(queries.scales.dtype) == "float32"
+        and all(x.shape[-1] * size % ALIGNMENT == 0 and x.shape[-1] for x in (keys, values))
+        and keys.shape[-1] <= _absorbing.MOST_DIM
+        and 0 < held.counts.shape[1] <= _merging.MOST_CLUSTERS - leave
+        and 0 not in (keys.size, values.size)
+        and (device := device_of(keys)).recordable
+    )
+    if not taken:
+        turned: Turned = _without("absorb_blocks", keys)(held, keys, values, queries, tokens, scale, leave, turns, ops)
+        return turned
+    return _blocks.absorb_blocks(device, held, keys, values, queries, tokens, scale, leave, turns)
 
 
 def decode(held: Held, queries: Array, keys: Array, values: Array, scale: float, ops: Any) -> Decoded:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from subgen.backends import PORTABLE, Backend
 
-from ._cupy import launch_on, multiprocessors_of, stream_at
+from ._cupy import graph_of, launch_on, multiprocessors_of, stream_at
 from ._launch import ALIGNMENT, Array, Launch, element, stream_step
 
 __all__ = ["TorchDevice", "backend_for", "device_of", "on_cuda"]
@@ -44,6 +44,19 @@ class TorchDevice:
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.where)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether nobody records what the current stream is given."""
+        import torch
+
+        return not torch.cuda.is_current_stream_capturing()
+
+    def upload(self, x: Any) -> Array:
+        """Copy from the host."""
+        import torch
+
+        return torch.from_numpy(x).to(self.where)
+
     def packed(self, x: Array, dtype: str | None = None) -> Array:
         """Copy if need be."""
         if dtype is not None and element(x.dtype) != dtype:
@@ -68,6 +81,20 @@ class TorchDevice:
         stream = torch.cuda.current_stream(self.number).cuda_stream
         with cupy.cuda.Device(self.number), stream_at(stream, self.number):
             launch_on(self.number, launch)
+
+    def replayed(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """Return a graph of them, launched on torch's current stream of the device."""
+        import cupy
+        import torch
+
+        graph = graph_of(self.number, launches)
+
+        def replay() -> None:
+            stream = torch.cuda.current_stream(self.number).cuda_stream
+            with cupy.cuda.Device(self.number), stream_at(stream, self.number):
+                graph.launch()
+
+        return replay
 
 
 def on_cuda(x: Array) -> bool:

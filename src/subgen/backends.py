@@ -39,12 +39,14 @@ from typing import Any
 
 from ._array import Array, array_namespace, library_name
 from .absorbing import Absorbed, Settled, absorb, collect, settle
+from .blocks import Turned, absorb_blocks
 from .clustering import assign_leaders
 from .counter import threefry2x32
 from .decoding import Decoded, decode
 from .mass import sketch_attention
 from .merging import merge_closest
 from .metric import query_moment
+from .queries import query_codes
 from .rounding import Codes, quantize
 from .tail import write
 from .weighted import weighted_attention
@@ -68,7 +70,9 @@ class Operations:
     collect: Callable[..., tuple[Any, Array]] = collect
     query_moment: Callable[..., Array] = query_moment
     settle: Callable[..., Settled] = settle
+    query_codes: Callable[..., Codes] = query_codes
     absorb: Callable[..., Absorbed] = absorb
+    absorb_blocks: Callable[..., Turned] = absorb_blocks
     decode: Callable[..., Decoded] = decode
 
 

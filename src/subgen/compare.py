@@ -104,11 +104,11 @@ def _stream(prefix: Prefix, budget: Budget, storage: Storage, rng: np.random.Gen
     )
     ops = operations_for(prefix.keys)
     heads = np.arange(prefix.streams)
-    rows = prefix.last_queries(prefix.n)
+    queries = prefix.queries.astype(np.float32).reshape(prefix.streams, -1, *prefix.queries.shape[1:])
     state = method.init(prefix.keys, prefix.values)
     for part in chunks(prefix.keys.shape[1], _BLOCK):
         keys, values = prefix.keys[:, part], prefix.values[:, part]
-        state = method.update(state, keys, values, rows[:, :, part], heads, ops)
+        state = method.update(state, keys, values, queries[:, :, part], heads, ops)
     return _Streamed(method, state)
 
 

@@ -26,6 +26,7 @@ from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, pos
 from ._checks import check_scale
 from .absorbing import Dithers, Settled, widened
 from .backends import Operations
+from .blocks import Tokens, Turn
 from .budget import Budget, Footprint
 from .clustering import room_for
 from .counter import stream_key
@@ -52,7 +53,7 @@ __all__ = [
 
 Storage = Literal["input", "int8"]
 
-# Logits held at once, or queries to be rounded (numbers, not bytes).
+# Logits held at once (numbers, not bytes).
 _NUMBERS_AT_ONCE = 1 << 22
 # Importance falls with the root of the position, from 1 here: what came early was merged in a smaller crowd, and later
 # answers depend on it as much (docs/experiments.md).
@@ -219,13 +220,18 @@ class ClusterMeans:
         return xp.sum(xp.astype(state.counts > 0, xp.int64), axis=-1)
 
     def update(
-        self, state: MeansState, keys: Array, values: Array, rows: Array | None, heads: Array, ops: Operations
+        self, state: MeansState, keys: Array, values: Array, queries: Array | None, heads: Array, ops: Operations
     ) -> MeansState:
         """Absorb tokens; see `subgen.method.Method.update`."""
-        codes = None if rows is None else _codes(state, rows, ops)
+        codes = None if queries is None else self._codes(state, queries, ops)
         start, n = 0, keys.shape[1]
         while start < n:
-            state, part = self._take(state, keys, values, codes, start, heads, ops)
+            turns = self._turns(state, n - start, codes is not None)
+            if turns:
+                part = slice(start, start + turns * self.block)
+                state = self._absorb_blocks(state, turns, _part(keys, values, codes, part), ops)
+            else:
+                state, part = self._take(state, keys, values, codes, start, heads, ops)
             start = part.stop
         return state
 
@@ -240,7 +246,7 @@ class ClusterMeans:
             state, output = self._decode(state, queries[:, :, 0, :], keys, values, scale, heads, ops)
             return state, output[:, :, None, :]
         rows = scaled(queries, scale)
-        codes = _codes(state, rows, ops)
+        codes = self._codes(state, queries, ops)
         outputs, start = [], 0
         while start < n:
             state, part = self._take(state, keys, values, codes, start, heads, ops)
@@ -358,7 +364,7 @@ class ClusterMeans:
     def _absorb(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
         """Move the oldest half of a full window into the clusters."""
         held = self.stored(state)
-        if held.nearest is not None and (state.n_seen - self.sink - self.window) // self.block % COMPARE_ALL == 0:
+        if held.nearest is not None and self._anew(state.n_seen):
             held = replace(held, nearest=nobody(held.counts))
         exact = slice(state.n_means, None)
         keys, values = state.keys[:, exact, :], state.values[:, exact, :]
@@ -374,7 +380,7 @@ class ClusterMeans:
                 self.block,
                 early_weight(state.n_seen),
                 self.most(state, state.n_seen, held.counts.shape[1] + self.block),
-                self._dithers(state),
+                self._dithers(state.n_seen),
                 self.storage == "int8",
                 ops,
             )
@@ -400,6 +406,49 @@ class ClusterMeans:
                 residual, keys[:, leaves, :], values[:, leaves, :], joined, moved, offered, key, ops
             )
         return replace(after, residual=residual)
+
+    def _codes(self, state: MeansState, queries: Array, ops: Operations) -> Codes:
+        """Choose and round a query of each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
+        scale = check_scale(self.scale, queries.shape[-1])
+        return ops.query_codes(queries, scale, state.n_seen, state.queries.scales.dtype, ops)
+
+    def _turns(self, state: MeansState, n: int, asked: bool) -> int:
+        """Count the turns of n tokens in which nothing changes but numbers; see `subgen.blocks`."""
+        places, turns = state.counts.shape[1], n // self.block
+        steady = (
+            turns > 1
+            and state.n_exact == self.sink + self.window
+            and self.delta is None
+            and state.residual is None
+            and state.key_codes is None
+            and set(state.asked) == {asked}
+            and (state.nearest is not None) == (places > FEW_CLUSTERS)
+            and self.most(state, state.n_seen + n, places + self.block) == places
+        )
+        return turns if steady else 0
+
+    def _absorb_blocks(self, state: MeansState, turns: int, tokens: Tokens, ops: Operations) -> MeansState:
+        """Take so many blocks of half a window."""
+        held = self.stored(state)
+        exact = slice(state.n_means, None)
+        times = [state.n_seen + i * self.block for i in range(turns)]
+        turned = ops.absorb_blocks(
+            held,
+            state.keys[:, exact, :],
+            state.values[:, exact, :],
+            state.queries,
+            tokens,
+            self.scale,
+            self.block,
+            [Turn(early_weight(n), self._dithers(n), held.nearest is not None and self._anew(n)) for n in times],
+            ops,
+        )
+        after = replace(state, n_seen=times[-1] + self.block)
+        return self._settled(after, turned.settled, turned.counts, None, turned.nearest)
+
+    def _anew(self, n_seen: int) -> bool:
+        """Whether clusters that remember their nearest others are all compared, when room is made."""
+        return (n_seen - self.sink - self.window) // self.block % COMPARE_ALL == 0
 
     def metric(self, state: MeansState, ops: Operations) -> Array:
         """Which differences of keys matter, by the queries in the window: ``(streams, head_dim, head_dim)``."""
@@ -458,11 +507,12 @@ class ClusterMeans:
             xp = array_namespace(state.keys)
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.part(slice(room))
-        settled = ops.settle(means, keys, values, state.queries, leave, self._dithers(state), self.storage == "int8")
+        dithers, coded = self._dithers(state.n_seen), self.storage == "int8"
+        settled = ops.settle(means, keys, values, state.queries, leave, dithers, coded)
         return self._settled(state, settled, means.counts, means.leaders, means.nearest)
 
-    def _dithers(self, state: MeansState) -> Dithers:
-        return Dithers(*(dither(self.seed, what, state.n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
+    def _dithers(self, n_seen: int) -> Dithers:
+        return Dithers(*(dither(self.seed, what, n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
 
     def _settled(
         self, state: MeansState, settled: Settled, counts: Array, leaders: Array | None, nearest: Array | None
@@ -564,28 +614,10 @@ def clear_room(state: MeansState) -> MeansState:
     )
 
 
-def _codes(state: MeansState, rows: Array, ops: Operations) -> Codes:
-    """Choose and round a query of each token: ``(streams, group, n, head_dim)`` to codes ``(streams, n, head_dim)``."""
-    xp = array_namespace(rows)
-    streams, _, n, head_dim = rows.shape
-    pieces = [
-        ops.quantize(_turns(rows[:, :, part, :], state.n_seen + part.start), state.queries.scales.dtype)
-        for part in chunks(n, max(1, _NUMBERS_AT_ONCE // (streams * head_dim)))
-    ]
-    if len(pieces) == 1:
-        return pieces[0]
-    codes, scales = (xp.concat(list(x), axis=1) for x in zip(*((x.codes, x.scales) for x in pieces), strict=True))
-    return Codes(codes, scales)
-
-
-def _turns(rows: Array, first: int) -> Array:
-    """Take one head of the group for each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
-    xp = array_namespace(rows)
-    _, group, n, _ = rows.shape
-    if group == 1 or n == 1:  # a single token takes a slice, without a gather
-        return rows[:, first % group, :, :]
-    turn = (positions(n, rows) + first) % group
-    return xp.take_along_axis(rows, turn[None, None, :, None], axis=1)[:, 0, :, :]
+def _part(keys: Array, values: Array, codes: Codes | None, part: slice) -> Tokens:
+    if codes is not None:
+        codes = Codes(codes.codes[:, part, :], codes.scales[:, part])
+    return Tokens(keys[:, part, :], values[:, part, :], codes)
 
 
 def early_weight(n_seen: Any) -> Any:

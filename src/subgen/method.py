@@ -23,15 +23,17 @@ class Method(Protocol):
     def n_clusters(self, state: Any) -> Array:
         """Count the live clusters: int64, shape (streams,)."""
 
-    def update(self, state: Any, keys: Array, values: Array, rows: Array | None, heads: Array, ops: Operations) -> Any:
+    def update(
+        self, state: Any, keys: Array, values: Array, queries: Array | None, heads: Array, ops: Operations
+    ) -> Any:
         """Absorb tokens.
 
         Parameters
         ----------
         state
         keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
-        rows : array, shape (streams, group, n, head_dim), or None
-            Scaled queries of the tokens.
+        queries : array, shape (streams, group, n, head_dim), or None
+            As they came, of the query heads that share a stream.
         heads : int64 array, shape (streams,)
             Index of each stream along the axis before the tokens; what is drawn depends on it.
         ops : Operations

@@ -98,7 +98,7 @@ class Paper:
         return xp.sum(xp.astype(state.clusters.counts > 0, xp.int64), axis=-1)
 
     def update(
-        self, state: PaperState, keys: Array, values: Array, rows: Array | None, heads: Array, ops: Operations
+        self, state: PaperState, keys: Array, values: Array, queries: Array | None, heads: Array, ops: Operations
     ) -> PaperState:
         """Absorb tokens; see `subgen.method.Method.update`. The queries are unused."""
         for part in chunks(keys.shape[1], self._block(state, 1)):

@@ -352,8 +352,8 @@ class AttentionSketch:
         ops = operations_for(keys)
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
-        rows = None if queries is None else _by_stream(self._scaled(queries), layout)
-        state = self._method.update(state, k, v, rows, layout.heads, ops)
+        q = None if queries is None else _by_stream(queries, layout)
+        state = self._method.update(state, k, v, q, layout.heads, ops)
         self._layout, self._state = layout, state
 
     @overload

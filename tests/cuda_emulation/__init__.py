@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ class EmulatedDevice:
         kind = np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
         return np.full(int(np.prod(shape)) * kind.itemsize, 255, dtype=np.uint8).view(kind).reshape(shape)
 
+    @property
+    def recordable(self) -> bool:
+        return True
+
+    def upload(self, x: Any) -> Any:
+        return np.array(x)
+
     def packed(self, x: Any, dtype: str | None = None) -> Any:
         kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype or element(x.dtype), dtype or x.dtype)
         x = np.require(x, dtype=kind, requirements="CA")
@@ -157,6 +165,15 @@ class EmulatedDevice:
         )
         if error:
             raise EmulationError(f"{launch.kernel}: {error.decode()}")
+
+    def replayed(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        recorded = list(launches)
+
+        def replay() -> None:
+            for launch in recorded:
+                self.run(launch)
+
+        return replay
 
 
 def sanitizer() -> str | None:

@@ -63,7 +63,7 @@ def main() -> None:
         _absorbing.key_moment(device, keys, None)
         for coded in (False, True):
             _absorbing.settle(device, pool, keys, values, queries, leave, Dithers(*[dither(0, 1, 2)] * 4), coded)
-    _rounding.quantize(device, draw(2, 9, 37)[:, 2:5])
+    _rounding.query_codes(device, draw(4, 9, 37)[:, 2:5], 2, 0.3, 5)
     words = tuple(rng.integers(0, 1 << 32, size=(4, 300)))
     _threefry.threefry(device, words)
     print("done")

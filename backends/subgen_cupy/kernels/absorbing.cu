@@ -17,6 +17,11 @@ constexpr int MOMENT_TILE = 32;
 constexpr int MOMENT_DEPTH = 64;  // tokens that the tiles hold at once
 constexpr int KEY_THREADS = 1024;
 
+// What differs between turns of `subgen.blocks`, where it is in memory: of each turn the factor of importance, what was
+// drawn for keys, values, spread and importance, and whether all clusters are compared anew. `turn` is which it is.
+constexpr int TURN = 6;
+enum { WEIGHT, DRAWN_KEYS, DRAWN_VALUES, DRAWN_SPREAD, DRAWN_IMPORTANCE, ANEW };
+
 __device__ __forceinline__ float or_one(float length) { return length > 0.0f ? length : 1.0f; }
 
 // Widens a row into a place, if there is one, by a warp; its length.
@@ -48,8 +53,11 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
        int window, int leave, int head_dim, int value_dim, int bands, float* __restrict__ keys,
        float* __restrict__ values, int* __restrict__ counts, float* __restrict__ spread,
        float* __restrict__ importance, ELEMENT* __restrict__ leaders, int* __restrict__ nearest,
-       float* __restrict__ sums, float* __restrict__ lengths, float* __restrict__ norms) {
+       float* __restrict__ sums, float* __restrict__ lengths, float* __restrict__ norms,
+       const double* __restrict__ turns, const long long* __restrict__ turn, long long* __restrict__ next_turn) {
   extern __shared__ float directions[];  // WARPS x head_dim
+  const bool anew = turns && turns[*turn * TURN + ANEW] != 0.0;
+  if (turns && blockIdx.x == 0 && threadIdx.x == 0) *next_turn = *turn + 1;
   const int rows = clusters + window, chunks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, places = clusters + leave;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const long long stream = blockIdx.x / chunks;
@@ -75,7 +83,7 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
       if (lane == 0) {
         counts[place] = count;
         importance[place] = widen(held_importance[cluster]);
-        if (nearest) nearest[place] = held_nearest[cluster];
+        if (nearest) nearest[place] = anew ? -1 : held_nearest[cluster];
       }
     } else {
       const int token = row - clusters;
@@ -161,11 +169,13 @@ __device__ __forceinline__ float block_sum(float x, float (&sums)[N]) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 weigh(const float* __restrict__ away, const int* __restrict__ held_counts, const float* __restrict__ norms,
       int clusters, int window, int leave, double weight, double least_angle, double value_weight,
-      float* __restrict__ importance, float* __restrict__ value_scale) {
+      float* __restrict__ importance, float* __restrict__ value_scale, const double* __restrict__ turns,
+      const long long* __restrict__ turn) {
   __shared__ float of_angles[WARPS], of_counts[WARPS], of_norms[WARPS];
   const int rows = clusters + window;
   const long long stream = blockIdx.x;
   away += stream * rows;
+  if (turns) weight = turns[*turn * TURN + WEIGHT];
   float angles = 0.0f, total = 0.0f, lengths = 0.0f;
   for (int row = threadIdx.x; row < rows; row += THREADS) {
     const float count = row < clusters ? (float)held_counts[stream * clusters + row] : 1.0f;
@@ -329,14 +339,15 @@ __device__ __forceinline__ void quantize_row(const float* from, signed char* cod
   if (lane == 0) *scales = scale;
 }
 
-// Of the places of a queue, those that leave are gone, the others move up, and room, zeros, comes behind.
+// Of the places of a queue, those that leave are gone, the others move up, and room comes behind: zeros, or the tokens
+// of a turn.
 template <class T>
 __device__ __forceinline__ void move_row(const T* from, bool room, T* to, int n) {
   for (int d = threadIdx.x % 32; d < n; d += 32) to[d] = room ? T{} : from[d];
 }
 
 // Clusters go before the exact tokens, or where there are codes for them, there. A warp per cluster or exact token.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 settle(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ spread,
        const float* __restrict__ importance, const ELEMENT* __restrict__ exact_keys,
        const ELEMENT* __restrict__ exact_values, const signed char* __restrict__ codes,
@@ -345,14 +356,30 @@ settle(const float* __restrict__ keys, const float* __restrict__ values, const f
        double drawn_values, double drawn_spread, double drawn_importance, ELEMENT* __restrict__ new_keys,
        ELEMENT* __restrict__ new_values, ELEMENT* __restrict__ new_spread, ELEMENT* __restrict__ new_importance,
        signed char* __restrict__ key_codes, ELEMENT* __restrict__ key_scales, signed char* __restrict__ value_codes,
-       ELEMENT* __restrict__ value_scales, signed char* __restrict__ new_codes, float* __restrict__ new_scales) {
+       ELEMENT* __restrict__ value_scales, signed char* __restrict__ new_codes, float* __restrict__ new_scales,
+       const int* __restrict__ counts, const int* __restrict__ nearest, int* __restrict__ new_counts,
+       int* __restrict__ new_nearest, const double* __restrict__ turns, const long long* __restrict__ turn,
+       const ELEMENT* __restrict__ coming_keys, const ELEMENT* __restrict__ coming_values,
+       const signed char* __restrict__ coming_codes, const float* __restrict__ coming_scales, long long coming_key_step,
+       long long coming_value_step, long long coming) {
   const int lane = threadIdx.x % 32, exact = sink + window;
   const long long index = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
   if (index >= total) return;
   const long long stream = index / (clusters + exact);
   const int row = index % (clusters + exact), before = key_codes ? 0 : clusters;
+  long long first = 0;  // of the tokens of this turn
+  if (turns) {
+    first = *turn * leave;
+    const double* now = turns + *turn * TURN;
+    drawn_keys = now[DRAWN_KEYS];
+    drawn_values = now[DRAWN_VALUES];
+    drawn_spread = now[DRAWN_SPREAD];
+    drawn_importance = now[DRAWN_IMPORTANCE];
+  }
   if (row < clusters) {
     const long long cluster = stream * clusters + row;
+    if (new_counts && lane == 0) new_counts[cluster] = counts[cluster];
+    if (new_nearest && lane == 0) new_nearest[cluster] = nearest[cluster];
     const float *key = keys + cluster * head_dim, *value = values + cluster * value_dim;
     if (key_codes) {
       quantize_row(key, key_codes + cluster * head_dim, key_scales + cluster, head_dim, row * head_dim, golden,
@@ -368,13 +395,22 @@ settle(const float* __restrict__ keys, const float* __restrict__ values, const f
     return;
   }
   const int token = row - clusters, from = token < sink ? token : token + leave;
-  const bool room = from >= exact;
-  const long long to = stream * (before + exact) + before + token;
-  move_row(exact_keys + stream * key_step + (long long)from * head_dim, room, new_keys + to * head_dim, head_dim);
-  move_row(exact_values + stream * value_step + (long long)from * value_dim, room, new_values + to * value_dim,
-           value_dim);
+  const bool behind = from >= exact, room = behind && !coming_keys;
+  const long long to = stream * (before + exact) + before + token, token_coming = first + from - exact;
+  const ELEMENT* key = exact_keys + stream * key_step + (long long)from * head_dim;
+  const ELEMENT* value = exact_values + stream * value_step + (long long)from * value_dim;
+  if (behind && coming_keys) {
+    key = coming_keys + stream * coming_key_step + token_coming * head_dim;
+    value = coming_values + stream * coming_value_step + token_coming * value_dim;
+  }
+  move_row(key, room, new_keys + to * head_dim, head_dim);
+  move_row(value, room, new_values + to * value_dim, value_dim);
   if (token < sink) return;
+  const bool unasked = behind && !coming_codes;
   const long long old = stream * window + from - sink, query = stream * window + token - sink;
-  move_row(codes + old * head_dim, room, new_codes + query * head_dim, head_dim);
-  if (lane == 0) new_scales[query] = room ? 0.0f : scales[old];
+  const long long query_coming = stream * coming + token_coming;
+  const bool comes = behind && coming_codes;
+  move_row(comes ? coming_codes + query_coming * head_dim : codes + old * head_dim, unasked,
+           new_codes + query * head_dim, head_dim);
+  if (lane == 0) new_scales[query] = unasked ? 0.0f : comes ? coming_scales[query_coming] : scales[old];
 }

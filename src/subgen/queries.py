@@ -1,0 +1,56 @@
+"""The query of each token that the window keeps, in 8 bits: what decides which differences of keys matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._array import Array, array_namespace, chunks, positions
+from .rounding import Codes
+from .weighted import scaled
+
+__all__ = ["query_codes"]
+
+# Numbers, not bytes, that are scaled and rounded at once.
+_AT_ONCE = 1 << 22
+
+
+def query_codes(queries: Array, scale: float, first: int, dtype: object, ops: Any) -> Codes:
+    """Choose a query of each token, scale it and round it to 8 bits; the query heads of a group take turns.
+
+    Parameters
+    ----------
+    queries : array, shape (streams, group, n, head_dim)
+        As they came.
+    scale : float
+        Factor of the logits.
+    first : int
+        Position of the first token in the stream: token ``t`` keeps the query of head ``(first + t) % group``.
+    dtype : floating dtype
+        Of the scales of the codes.
+    ops : Operations
+        `subgen.rounding.quantize` is what rounds.
+
+    Returns
+    -------
+    Codes, of shape (streams, n, head_dim)
+    """
+    xp = array_namespace(queries)
+    streams, _, n, head_dim = queries.shape
+    pieces: list[Codes] = [
+        ops.quantize(scaled(_turns(queries[:, :, part, :], first + part.start), scale), dtype)
+        for part in chunks(n, max(1, _AT_ONCE // (streams * head_dim)))
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    codes, scales = (xp.concat(list(x), axis=1) for x in zip(*((x.codes, x.scales) for x in pieces), strict=True))
+    return Codes(codes, scales)
+
+
+def _turns(queries: Array, first: int) -> Array:
+    """Take one head of the group for each token: ``(streams, group, n, head_dim)`` to ``(streams, n, head_dim)``."""
+    xp = array_namespace(queries)
+    _, group, n, _ = queries.shape
+    if group == 1 or n == 1:  # a single token takes a slice, without a gather
+        return queries[:, first % group, :, :]
+    turn = (positions(n, queries) + first) % group
+    return xp.take_along_axis(queries, turn[None, None, :, None], axis=1)[:, 0, :, :]
