@@ -147,7 +147,8 @@ def query_moment(device: Device, queries: Codes, asked: int) -> Array:
         address(device, moment),
     ]
     blocks = streams * ceil_div(head_dim, _TILE) ** 2
-    device.run(Launch(absorbing_module("float32", "float32"), "query_moment", blocks, _THREADS, arguments))
+    module = absorbing_module("float32", "float32")
+    device.run(Launch(module, "query_moment", blocks, _THREADS, arguments, aside=True))
     return moment
 
 
@@ -164,7 +165,7 @@ def key_moment(device: Device, keys: Array, scale: float | None) -> Array:
         f64(1.0 / head_dim if scale is None else scale * scale),
         address(device, moment),
     ]
-    device.run(Launch(absorbing_module(dtype, dtype), "key_moment", streams, _KEY_THREADS, arguments))
+    device.run(Launch(absorbing_module(dtype, dtype), "key_moment", streams, _KEY_THREADS, arguments, aside=True))
     return moment
 
 

@@ -154,11 +154,11 @@ def absorb_blocks(
     def turn(device: Device, held: _Held, new: Stored, odd: bool) -> None:
         at = Turns(table, counters, odd)
         window_keys, window_values = held.keys[:, window], held.values[:, window]
-        pool, unit = collect(device, held.means, window_keys, window_values, leave, turns=at)
         if asked:
             metric = query_moment(device, held.queries, held.queries.scales.shape[1])
         else:
             metric = key_moment(device, window_keys, scale)
+        pool, unit = collect(device, held.means, window_keys, window_values, leave, turns=at)
         merged, _ = shrink(device, pool, metric, unit, clusters, clusters)
         settle_into(device, new, merged, held.keys, held.values, held.queries, leave, turns=at, coming=tokens)
 

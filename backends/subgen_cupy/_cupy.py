@@ -54,14 +54,29 @@ def launch_on(device: int, launch: Launch) -> None:
 
 
 def graph_of(device: int, launches: Sequence[Launch]) -> Any:
-    """Record launches as a CUDA graph; none of them is run. Each was launched before, so that nothing is compiled."""
+    """Record launches as a CUDA graph; none of them is run. Each was launched before, so that nothing is compiled.
+
+    Those aside are a branch of the graph.
+    """
     import cupy
 
     with cupy.cuda.Device(device), cupy.cuda.Stream(non_blocking=True) as stream:
+        beside, pending = cupy.cuda.Stream(non_blocking=True), None
         stream.begin_capture()
         try:
             for launch in launches:
+                if launch.aside:
+                    beside.wait_event(stream.record())
+                    with beside:
+                        launch_on(device, launch)
+                    pending = beside.record()
+                    continue
+                if launch.joins and pending is not None:
+                    stream.wait_event(pending)
+                    pending = None
                 launch_on(device, launch)
+            if pending is not None:
+                stream.wait_event(pending)
         finally:
             graph = stream.end_capture()
     return graph

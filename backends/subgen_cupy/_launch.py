@@ -106,6 +106,10 @@ class Launch:
         Pointers as uint64.
     shared : int
         Bytes of dynamic shared memory.
+    aside : bool
+        Whether it may run beside those after it, up to one that joins. Without a graph it is one after the other.
+    joins : bool
+        Whether it reads what those aside write.
     """
 
     module: Module
@@ -114,6 +118,8 @@ class Launch:
     threads: int
     arguments: Sequence[Any]
     shared: int = 0
+    aside: bool = False
+    joins: bool = False
 
 
 class Device(Protocol):

@@ -74,7 +74,7 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
             *(i32(x) for x in (n, head_dim, width)),
             *(address(device, x) for x in (mapped, norms)),
         ]
-        device.run(Launch(MERGING, "map_points", streams * ceil_div(n, _TILE), _THREADS, arguments))
+        device.run(Launch(MERGING, "map_points", streams * ceil_div(n, _TILE), _THREADS, arguments, joins=True))
     costs = device.empty((streams, n, n), "float32")
     tiles = ceil_div(n, _PAIR_TILE)
     arguments = [
