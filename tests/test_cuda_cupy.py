@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import subgen_cupy
 from subgen_cupy import _cupy, _torch
-from subgen_cupy._launch import Module
+from subgen_cupy._launch import Launch, Module
 
 from subgen import backends
 from subgen._array import FloatInfo, finfo, is_floating, itemsize
@@ -306,6 +306,63 @@ def test_tensors_of_torch_are_computed_on_by_the_same_kernels_on_torchs_stream(
     assert operations["write"] is own["write"]
     assert operations["absorb"] is own["absorb"]
     assert len(streams) == 2
+
+
+def test_launches_aside_are_a_branch_of_the_graph(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kernel, those it waits for: by the events that the streams record and wait for."""
+    waits: dict[str, frozenset[str]] = {}
+    current, replayed = [], []
+
+    class Stream:
+        def __init__(self, non_blocking: bool) -> None:
+            assert non_blocking
+            self.behind: frozenset[str] = frozenset()
+
+        def __enter__(self) -> Any:
+            current.append(self)
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+        def begin_capture(self) -> None:
+            pass
+
+        def record(self) -> frozenset[str]:
+            return self.behind
+
+        def wait_event(self, event: frozenset[str]) -> None:
+            self.behind |= event
+
+        def end_capture(self) -> Any:
+            assert self.behind == set(waits)  # nothing is left on its own
+            return types.SimpleNamespace(launch=lambda: replayed.append(len(current)))
+
+    def launch_on(device: int, launch: Launch) -> None:
+        assert device == 1
+        waits[launch.kernel] = current[-1].behind
+        current[-1].behind |= {launch.kernel}
+
+    cupy.cuda.Stream = Stream
+    monkeypatch.setattr(_cupy, "launch_on", launch_on)
+    module = Module("threefry.cu")
+
+    def launch(kernel: str, **which: bool) -> Launch:
+        return Launch(module, kernel, 1, 1, [], **which)
+
+    launches = [launch("first"), launch("metric", aside=True), launch("second"), launch("third", joins=True)]
+    replay = _cupy.CupyDevice(1).replayed([*launches, launch("fourth", joins=True), launch("last", aside=True)])
+    assert waits == {
+        "first": set(),
+        "metric": {"first"},
+        "second": {"first"},
+        "third": {"first", "second", "metric"},
+        "fourth": {"first", "second", "metric", "third"},
+        "last": {"first", "second", "metric", "third", "fourth"},
+    }
+    replay()
+    replay()
+    assert replayed == [0, 0]  # on whatever stream is current
 
 
 def test_views_of_tensors_are_packed() -> None:

@@ -34,7 +34,7 @@ from .decoding import written
 from .leaders import join_leaders
 from .merging import Means, bands, n_live, nobody
 from .residual import Residual, correct, empty_residual, sample_tokens
-from .rounding import Codes, dequantize, dither
+from .rounding import Codes, dequantize, dither, dithers
 from .tail import Tail
 from .weighted import join_rows, merge_attention, scaled
 
@@ -63,8 +63,9 @@ _EARLY = 1000.0
 # does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
 FEW_CLUSTERS = 768
 COMPARE_ALL = 8
-# What is drawn, told apart; 1 and 2 are the reservoirs of `subgen.paper`.
-_KEYS, _VALUES, _SPREAD, _IMPORTANCE, RESIDUAL_DRAWS = 3, 4, 5, 6, 7
+# What is drawn, told apart: dithers of keys, values, spread and importance, and the residual sample; 1 and 2 are the
+# reservoirs of `subgen.paper`.
+_OF_CLUSTERS, RESIDUAL_DRAWS = (3, 4, 5, 6), 7
 
 
 @dataclass(frozen=True)
@@ -431,7 +432,12 @@ class ClusterMeans:
         """Take so many blocks of half a window."""
         held = self.stored(state)
         exact = slice(state.n_means, None)
-        times = [state.n_seen + i * self.block for i in range(turns)]
+        times = range(state.n_seen, state.n_seen + turns * self.block, self.block)
+        drawn = (dithers(self.seed, what, times) for what in _OF_CLUSTERS)
+        differing = [
+            Turn(early_weight(n), Dithers(*each), held.nearest is not None and self._anew(n))
+            for n, *each in zip(times, *drawn, strict=True)
+        ]
         turned = ops.absorb_blocks(
             held,
             state.keys[:, exact, :],
@@ -440,7 +446,7 @@ class ClusterMeans:
             tokens,
             self.scale,
             self.block,
-            [Turn(early_weight(n), self._dithers(n), held.nearest is not None and self._anew(n)) for n in times],
+            differing,
             ops,
         )
         after = replace(state, n_seen=times[-1] + self.block)
@@ -512,7 +518,7 @@ class ClusterMeans:
         return self._settled(state, settled, means.counts, means.leaders, means.nearest)
 
     def _dithers(self, n_seen: int) -> Dithers:
-        return Dithers(*(dither(self.seed, what, n_seen) for what in (_KEYS, _VALUES, _SPREAD, _IMPORTANCE)))
+        return Dithers(*(dither(self.seed, what, n_seen) for what in _OF_CLUSTERS))
 
     def _settled(
         self, state: MeansState, settled: Settled, counts: Array, leaders: Array | None, nearest: Array | None

@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from ._array import Array, array_namespace, clip, finfo, positions
 from .counter import DRAW_BITS, draws, stream_key
 
-__all__ = ["GOLDEN", "SNAP", "Codes", "Dither", "dequantize", "dither", "quantize", "round_to"]
+__all__ = ["GOLDEN", "SNAP", "Codes", "Dither", "dequantize", "dither", "dithers", "quantize", "round_to"]
 
 # The golden ratio: its multiples, modulo 1, are spread evenly.
 GOLDEN = 0.6180339887498949
@@ -44,6 +46,12 @@ def dither(seed: int, purpose: int, number: int) -> Dither:
     """Draw the dither of one rounding: a function of its arguments."""
     # Python's integers draw it, and no device is asked for it.
     return Dither(draws(_key(seed, purpose), 0, number) * 2.0**-DRAW_BITS)
+
+
+def dithers(seed: int, purpose: int, numbers: range) -> list[Dither]:
+    """Draw the dither of each of many roundings at once; see `dither`."""
+    drawn = draws(_key(seed, purpose), 0, np.asarray(numbers)) * 2.0**-DRAW_BITS
+    return [Dither(x) for x in drawn.tolist()]
 
 
 @lru_cache(maxsize=64)
