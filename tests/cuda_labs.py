@@ -48,6 +48,7 @@ class EmulatedTorchDevice(TorchDevice):
     emulated: EmulatedDevice = field(default_factory=EmulatedDevice)
     where: Any = "cpu"
     multiprocessors: int = 4
+    clusters: bool = False
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """With all bits set: what is not written shows."""

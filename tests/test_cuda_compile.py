@@ -13,7 +13,7 @@ from subgen_cupy._attention import attention_module
 from subgen_cupy._decoding import decoding_module
 from subgen_cupy._launch import Module
 from subgen_cupy._leaders import leaders_module
-from subgen_cupy._merging import MERGING
+from subgen_cupy._merging import MERGING, matching_module
 from subgen_cupy._rounding import rounding_module
 from subgen_cupy._threefry import THREEFRY
 
@@ -64,10 +64,10 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
             "features": 64,
             "map_points": 85,
             "pair_costs": 128,
-            "match_pairs": 64,
             "merge_pairs": 80,
         },
     ),
+    "matching": (matching_module(1), {"match_pairs": 64}),
 }
 SHARED = {
     "attend_split": 34 << 10,
@@ -162,7 +162,7 @@ def test_registers_and_shared_memory_are_as_stated(report: str) -> None:
 
 
 def test_blocks_fit_a_multiprocessor() -> None:
-    assert VARIANTS["merging"][1]["match_pairs"] * 1024 <= REGISTERS
+    assert VARIANTS["matching"][1]["match_pairs"] * 1024 <= REGISTERS
     assert VARIANTS["merging"][1]["pair_costs"] * 128 * 4 <= REGISTERS
 
 
@@ -181,6 +181,7 @@ def test_the_kernels_are_package_data() -> None:
         "common.cuh",
         "decoding.cu",
         "leaders.cu",
+        "matching.cu",
         "merging.cu",
         "rounding.cu",
         "threefry.cu",

@@ -94,6 +94,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         context = current(number)
         return type("D", (), {
             "attributes": {"MultiProcessorCount": 4},
+            "compute_capability": "75",
             "__enter__": lambda _: context.__enter__(),
             "__exit__": lambda _, *error: context.__exit__(*error),
         })()  # fmt: skip
@@ -109,7 +110,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         broadcast_arrays=lambda *x: np.broadcast_arrays(*x, subok=True),
     )
     monkeypatch.setitem(sys.modules, "cupy", module)
-    caches = (_cupy._function, _cupy._module, _cupy.multiprocessors_of, _cupy.stream_at)
+    caches = (_cupy._function, _cupy._module, _cupy.multiprocessors_of, _cupy.has_clusters, _cupy.stream_at)
     for cached in caches:
         cached.cache_clear()
     yield module

@@ -8,9 +8,10 @@ import cuda_labs
 import numpy as np
 import pytest
 from cuda_labs import DTYPES, Lab
-from subgen_cupy import BACKEND, capture
-from subgen_cupy._cupy import _function
+from subgen_cupy import BACKEND, _merging, capture
+from subgen_cupy._cupy import CupyDevice, _function
 from test_cuda_compile import VARIANTS
+from test_cuda_kernels import remembering
 
 import subgen
 from subgen import backends
@@ -180,6 +181,28 @@ def test_a_long_block_is_replayed_and_waits_for_nothing(lab: Lab) -> None:
     for name in ("keys", "values", "counts", "spread", "importance"):
         used = slice(0, 64 + whole.n_exact)
         np.testing.assert_array_equal(lab.get(getattr(whole, name))[:, used], lab.get(getattr(pieces, name))[:, used])
+
+
+@pytest.mark.parametrize("new", [None, 1.0, 0.5, 0.1])
+@pytest.mark.parametrize(("n", "most"), [(1280, 1024), (2048, 1024), (700, 699)])
+def test_blocks_that_match_a_stream_together_decide_as_one_does(lab: Lab, n: int, most: int, new: float | None) -> None:
+    if not lab.device.clusters:
+        pytest.skip("this device has no clusters of blocks")
+
+    class Alone(CupyDevice):
+        clusters = False  # type: ignore[assignment]
+
+    rng = np.random.default_rng(7)
+    keys, values = rng.normal(size=(2, 3, n, 64)).astype(np.float32)
+    counts, importance = (rng.random((3, n)) < 0.95).astype(np.int32), rng.random((3, n), dtype=np.float32) ** 4
+    nearest = None if new is None else remembering(rng, counts, new)
+    means = Means(keys, values, counts, np.zeros((3, n, 4), np.float32), importance, nearest=nearest).each(lab.put)
+    scale = lab.put(np.ones(3, np.float32))
+    together, alone = (_merging.shrink(d, means, None, scale, most, most) for d in (lab.device, Alone(0)))
+    for mine, theirs in zip((*together[0].arrays(), together[1]), (*alone[0].arrays(), alone[1]), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            np.testing.assert_array_equal(lab.get(mine), lab.get(theirs))
 
 
 def test_rows_too_many_or_too_wide_go_to_matrix_products(lab: Lab) -> None:

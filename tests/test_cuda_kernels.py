@@ -420,11 +420,16 @@ def rounds_of_mutual_neighbours(
     return pairs, [j if free[i] and masked[i, j] < np.inf else -1 for i, j in enumerate(nearest)]
 
 
-def packed_nearest(costs: np.ndarray) -> np.ndarray:
-    """The first of the least costs of each cluster among those it is compared with: its bits, then its index."""
-    costs = np.where(np.signbit(costs), np.float32(np.inf), costs)
-    bits = costs.min(axis=2).view(np.int32).astype(np.int64)
-    return bits << 32 | np.argmin(costs, axis=2)
+def in_tiles(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Costs in rows of whole tiles, and of each tile the first of the least: its bits as an integer, then its index."""
+    streams, n, _ = costs.shape
+    tiles = -(-n // 64)
+    rows = np.full((streams, n, tiles * 64), np.nan, np.float32)
+    rows[:, :, :n] = costs
+    packed = costs.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32) | np.arange(n, dtype=np.uint64)
+    padded = np.full(rows.shape, np.iinfo(np.uint64).max)
+    padded[:, :, :n] = packed
+    return rows, padded.reshape(streams, n, tiles, 64).min(axis=3).view(np.int64)
 
 
 # The share of clusters that are new, if they remember their nearest others. With few, all are compared.
@@ -451,7 +456,7 @@ def test_pairs_are_matched_as_written_out_with_many_ties(
         compared = merging._compared(remembered, live, live.sum(axis=1, keepdims=True) - most)
     places = min(n, most + 3)
     moved = lab.put(np.full((streams, n), -1))
-    of_pairs = lab.put(given), lab.put(packed_nearest(given))
+    of_pairs = tuple(map(lab.put, in_tiles(given)))
     before = None if remembered is None else lab.put(remembered)
     matched = _merging.match(lab.device, of_pairs, lab.put(counts), before, most, places, moved, True)
     source, other, moved = map(lab.get, (*matched[:2], moved))
@@ -488,12 +493,12 @@ def test_costs_equal_the_portable_ones_to_the_last_bit(
         compared = merging._compared(means.nearest, means.counts > 0, np.zeros((2, 1)))
     for metric in (None, root @ root.swapaxes(1, 2)):
         given = None if metric is None else lab.put(metric)
-        costs, nearest = _merging.ward_costs(lab.device, means.each(lab.put), given, lab.put(value_scale))
-        got, expected = lab.get(costs), merging.ward_costs(means, metric, value_scale)
+        costs, least = _merging.ward_costs(lab.device, means.each(lab.put), given, lab.put(value_scale))
+        got, expected = lab.get(costs)[:, :, :n], merging.ward_costs(means, metric, value_scale)
         np.testing.assert_array_equal(abs(got), expected)
         np.testing.assert_array_equal(np.signbit(got), ~compared & np.isfinite(expected))
         np.testing.assert_array_equal(got, got.swapaxes(1, 2))
-        np.testing.assert_array_equal(lab.get(nearest), packed_nearest(got))
+        np.testing.assert_array_equal(lab.get(least), in_tiles(got)[1])
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -506,12 +511,12 @@ def test_costs_are_as_good_as_in_float32(lab: Lab, offset: float) -> None:
     root = rng.normal(size=(2, 64, 64)) / 8
     metric = root @ root.swapaxes(1, 2)
     arrays = metric.astype(np.float32), np.float32([1.0, 2.0])
-    costs, nearest = _merging.ward_costs(lab.device, means.each(lab.put), *map(lab.put, arrays))
+    costs, least = _merging.ward_costs(lab.device, means.each(lab.put), *map(lab.put, arrays))
     expected = merging.ward_costs(wide, metric, np.array([1.0, 2.0]))
-    got = lab.get(costs)
+    got = lab.get(costs)[:, :, :130]
     np.testing.assert_allclose(got, expected, rtol=2e-5 if offset == 0 else 2e-4)
     np.testing.assert_array_equal(got, got.swapaxes(1, 2))
-    np.testing.assert_array_equal(lab.get(nearest), packed_nearest(got))
+    np.testing.assert_array_equal(lab.get(least), in_tiles(got)[1])
 
 
 def test_no_cost_is_infinite_but_where_nothing_may_merge(lab: Lab) -> None:
@@ -520,7 +525,7 @@ def test_no_cost_is_infinite_but_where_nothing_may_merge(lab: Lab) -> None:
     costs, _ = _merging.ward_costs(lab.device, means.each(lab.put), None, lab.put(np.ones(1, np.float32)))
     live = means.counts[0] > 0
     possible = live[:, None] & live[None, :] & ~np.eye(20, dtype=bool)
-    np.testing.assert_array_equal(np.isfinite(lab.get(costs)[0]), possible)
+    np.testing.assert_array_equal(np.isfinite(lab.get(costs)[0, :, :20]), possible)
 
 
 @pytest.mark.parametrize("new", [None, 1.0, 0.6])
@@ -1060,7 +1065,7 @@ def test_every_barrier_is_needed_and_every_mistake_noticed() -> None:
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert sorted(report) == ["absorbing.cu", "attention.cu", "decoding.cu", "leaders.cu", "merging.cu"]
+    assert sorted(report) == ["absorbing.cu", "attention.cu", "decoding.cu", "leaders.cu", "matching.cu", "merging.cu"]
     assert [(file, what) for file, mistakes in report.items() for what, seen in mistakes.items() if not seen] == []
 
 

@@ -52,6 +52,11 @@ class Recorder:
         return self.device.multiprocessors
 
     @property
+    def clusters(self) -> bool:
+        """Whether blocks of a cluster may write into each other's shared memory."""
+        return self.device.clusters
+
+    @property
     def recordable(self) -> bool:
         """It is being recorded already."""
         return False

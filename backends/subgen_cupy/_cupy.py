@@ -15,6 +15,7 @@ __all__ = [
     "capture",
     "device_of",
     "graph_of",
+    "has_clusters",
     "launch_on",
     "multiprocessors_of",
     "stream_at",
@@ -110,6 +111,14 @@ def multiprocessors_of(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
+@cache
+def has_clusters(device: int) -> bool:
+    """Whether a device has clusters of blocks."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).compute_capability) >= 90
+
+
 @dataclass(frozen=True)
 class CupyDevice:
     """A CUDA device through CuPy, on CuPy's current stream; see `subgen_cupy._launch.Device`."""
@@ -132,6 +141,11 @@ class CupyDevice:
         """Allocate from CuPy's pool."""
         with self.xp.cuda.Device(self.number):
             return self.xp.empty(shape, dtype=_dtype(dtype))
+
+    @property
+    def clusters(self) -> bool:
+        """Whether blocks of a cluster may write into each other's shared memory."""
+        return has_clusters(self.number)
 
     @property
     def recordable(self) -> bool:

@@ -134,6 +134,10 @@ class Device(Protocol):
         """How many processors the blocks of a kernel are spread over."""
 
     @property
+    def clusters(self) -> bool:
+        """Whether blocks of a cluster may write into each other's shared memory: compute capability 9.0 and later."""
+
+    @property
     def recordable(self) -> bool:
         """Whether launches can be recorded now: they cannot while a caller records."""
 

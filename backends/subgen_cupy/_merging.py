@@ -8,9 +8,12 @@ from subgen.merging import Means
 
 from ._launch import MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, i32, i64
 
-__all__ = ["MERGING", "MOST_CLUSTERS", "match", "merge", "shrink", "ward_costs"]
+__all__ = ["MERGING", "MOST_CLUSTERS", "match", "matching_module", "merge", "shrink", "ward_costs"]
 
 MERGING = Module("merging.cu")
+# Blocks that match a stream together, where the device has clusters of blocks, and streams up to which they do: with
+# more, every processor has a stream of its own.
+_PEERS, _FEW_STREAMS = 8, 32
 _TILE = 32
 _PAIR_TILE = 64
 _PAIR_THREADS = 128
@@ -28,8 +31,13 @@ def _match_shared(n: int) -> int:
 MOST_CLUSTERS = (MAX_SHARED - 256) // 11
 
 
+def matching_module(peers: int) -> Module:
+    """Return the matching by so many blocks a stream."""
+    return Module("matching.cu", constants=(("PEERS", peers),))
+
+
 def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: Array) -> tuple[Array, Array]:
-    """Cost of merging each pair, see `subgen.merging.ward_costs`, and the nearest other of each cluster.
+    """Cost of merging each pair, see `subgen.merging.ward_costs`, and the least of each cluster in each tile of others.
 
     Parameters
     ----------
@@ -41,17 +49,17 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
 
     Returns
     -------
-    costs : float32 array, shape (streams, n, n)
-        With their sign set where a pair is not compared.
-    nearest : int64 array, shape (streams, n)
-        The bits of the cost, then in the lower half the index; among those it is compared with.
+    costs : float32 array, shape (streams, n, tiles * 64)
+        With their sign set where a pair is not compared; what is behind the n-th is not written.
+    least : int64 array, shape (streams, n, tiles)
+        The bits of the cost, sign included, then in the lower half the index.
     """
     streams, n, head_dim = means.keys.shape
     value_dim = means.values.shape[-1]
     width = _TILE * ceil_div(head_dim + value_dim, _TILE)
     mean = device.empty((streams, head_dim), "float32")
     points = device.empty((streams, n, width), "float32")
-    norms, nearest = device.empty((streams, n), "float32"), device.empty((streams, n), "int64")
+    norms = device.empty((streams, n), "float32")
     arguments = [
         *(address(device, x) for x in (means.keys, means.counts)),
         i32(n),
@@ -63,7 +71,7 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
         *(address(device, x) for x in (means.keys, means.values, mean, value_scale)),
         i64(streams * n),
         *(i32(x) for x in (n, head_dim, value_dim, width)),
-        *(address(device, x) for x in (points, None if metric is not None else norms, nearest)),
+        *(address(device, x) for x in (points, None if metric is not None else norms)),
     ]
     device.run(Launch(MERGING, "features", ceil_div(streams * n, _WARPS), _THREADS, arguments))
     mapped = points
@@ -75,15 +83,16 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
             *(address(device, x) for x in (mapped, norms)),
         ]
         device.run(Launch(MERGING, "map_points", streams * ceil_div(n, _TILE), _THREADS, arguments, joins=True))
-    costs = device.empty((streams, n, n), "float32")
     tiles = ceil_div(n, _PAIR_TILE)
+    costs = device.empty((streams, n, tiles * _PAIR_TILE), "float32")
+    least = device.empty((streams, n, tiles), "int64")
     arguments = [
         *(address(device, x) for x in (mapped, points, norms, means.counts, means.importance, means.nearest)),
         *(i32(x) for x in (n, width)),
-        *(address(device, x) for x in (costs, nearest)),
+        *(address(device, x) for x in (costs, least)),
     ]
     device.run(Launch(MERGING, "pair_costs", streams * (tiles * (tiles + 1) // 2), _PAIR_THREADS, arguments))
-    return costs, nearest
+    return costs, least
 
 
 def match(
@@ -123,15 +132,17 @@ def match(
         What the result remembers.
     """
     streams, n = counts.shape
-    of_pairs, nearest = (None, None) if costs is None else costs
+    of_pairs, least = (None, None) if costs is None else costs
+    peers = _PEERS if device.clusters and streams <= _FEW_STREAMS and n >= _PEERS * _PAIR_TILE else 1
     source, other = device.empty((streams, places), "int32"), device.empty((streams, places), "int32")
     new_nearest = None if remembered is None else device.empty((streams, places), "int32")
     arguments = [
-        *(address(device, x) for x in (of_pairs, counts, nearest, remembered)),
+        *(address(device, x) for x in (of_pairs, counts, least, remembered)),
         *(i32(x) for x in (n, most, places, moved.shape[1], first)),
         *(address(device, x) for x in (source, other, new_nearest, moved)),
     ]
-    device.run(Launch(MERGING, "match_pairs", streams, _MATCH_THREADS, arguments, shared=_match_shared(n)))
+    module, shared = matching_module(peers), _match_shared(n)
+    device.run(Launch(module, "match_pairs", streams * peers, _MATCH_THREADS, arguments, shared=shared))
     return source, other, new_nearest
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from subgen.backends import PORTABLE, Backend
 
-from ._cupy import graph_of, launch_on, multiprocessors_of, stream_at
+from ._cupy import graph_of, has_clusters, launch_on, multiprocessors_of, stream_at
 from ._launch import ALIGNMENT, Array, Launch, element, stream_step
 
 __all__ = ["TorchDevice", "backend_for", "device_of", "on_cuda"]
@@ -43,6 +43,11 @@ class TorchDevice:
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.where)
+
+    @property
+    def clusters(self) -> bool:
+        """Whether blocks of a cluster may write into each other's shared memory."""
+        return has_clusters(self.number)
 
     @property
     def recordable(self) -> bool:

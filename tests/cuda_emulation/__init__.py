@@ -24,7 +24,7 @@ from subgen_cupy._launch import Launch, Module, element, elements, stream_step
 __all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
 
 _HERE = Path(__file__).parent
-_KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(")
+_KERNEL = re.compile(r"__global__\s+void\s+(?:TOGETHER\s+)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(")
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\s*\[\s*\]\s*;")
 
 
@@ -112,6 +112,7 @@ class EmulatedDevice:
     sanitize: bool = False
     launches: list[Launch] = field(default_factory=list)
     xp: Any = np
+    clusters: bool = False
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Filled with NaN, or with all bits set: what is not written shows."""

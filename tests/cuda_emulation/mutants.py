@@ -107,6 +107,17 @@ def _remember(device: EmulatedDevice) -> list[Any]:
     return [merged.keys, merged.counts, merged.nearest, moved]
 
 
+def _match(device: EmulatedDevice) -> list[Any]:
+    """Also streams of several tiles, in which those that are taken are nearest to many."""
+    rng = np.random.default_rng(0)
+    keys, values = rng.normal(size=(2, 1, 150, 8)).astype(np.float32)
+    keys[0, ::9] *= 0.1
+    counts, importance = np.ones((1, 150), np.int32), (0.1 + rng.random((1, 150))).astype(np.float32)
+    means = Means(keys, values, counts, np.zeros((1, 150, 4), np.float32), importance, nearest=np.full((1, 150), -1))
+    merged, moved = _merging.shrink(device, means, None, np.ones(1, np.float32), 90, 90)
+    return [*_remember(device), merged.counts, merged.nearest, moved]
+
+
 def _absorb(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 2, 80, 40)).astype(np.float32)
@@ -127,12 +138,13 @@ def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
     yield _decoding.decoding_module("float16", "float16"), _decode
     yield _leaders.leaders_module("float32"), _lead
     yield _merging.MERGING, _merge
+    yield _merging.matching_module(1), _match
 
 
 #: By file, something that runs its kernels, and statements with what they must not be.
 WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, str]]]] = {
     "absorbing.cu": (_absorb, [
-        ("nearest[place] = held_nearest[cluster];", "nearest[place] = -1;"),
+        ("nearest[place] = anew ? -1 : held_nearest[cluster];", "nearest[place] = -1;"),
         ("nearest[place] = -1;", "nearest[place] = 0;"),
     ]),
     "attention.cu": (_decode, [
@@ -156,9 +168,19 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
         ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && b >= 0 && a != j"),
         ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && b >= 0"),
         ("a >= 0 && b >= 0 && a != j && b != i", "a >= 0 && a != j && b != i"),
+    ]),
+    "matching.cu": (_match, [
         ("every ? 0x7fffffffu : 0xffffffffu", "0x7fffffffu"),
-        ("every ? infinity() : __int_as_float", "__int_as_float"),
+        ("every ? 0x7fffffffu : 0xffffffffu", "0xffffffffu"),
         ("(found >> 16) < 2 * surplus - 1", "(found >> 16) < surplus"),
+        ("start && every && tile < tiles", "false"),
+        # A least cost of a tile that is taken is a bound, and no more.
+        ("state[(int)known] == OPEN", "true"),
+        ("const bool again = bound < best;", "const bool again = false;"),
+        ("least[tile] = found;", ";"),
+        ("after = bound + 1;", ";"),
+        ("column + e < n && state[column + e] == OPEN", "column + e < n"),
+        ("cost[i] < infinity() && state[partner[i]] != OPEN", "false"),
         # What the result remembers.
         ("surplus == 0 && !remembered", "surplus == 0"),
         ("chooses && state[i] == OPEN && cost[i] == infinity()", "false"),

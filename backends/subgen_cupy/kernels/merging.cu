@@ -2,12 +2,8 @@
 //
 // `weighted_mean`, `features`: keys and values as points, so that the cost of a pair is a distance of points.
 // `map_points`: the metric, applied to the keys of the points.
-// `pair_costs`: Ward's cost of each pair from the product of mapped points and points, by tensor cores, and the nearest
-//     other of each cluster. CuPy has matrix products too, but refuses them while a graph is recorded.
-// `match_pairs`: rounds of mutual nearest neighbours, a block of threads per stream. Costs stay as they are, so a
-//     nearest other is looked for again only where it was taken.
-//     Says where each place of the result comes from, where each cluster of before the first pass went, and which
-//     other is nearest to those that did not merge.
+// `pair_costs`: Ward's cost of each pair from the product of mapped points and points, by tensor cores, and of each
+//     cluster the least in every tile of others. CuPy has matrix products too, but refuses them while a graph is recorded.
 // `merge_pairs`: writes the merged clusters, those that live first, in their order.
 //
 // Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero. Points have
@@ -29,9 +25,6 @@ constexpr int PAIR_UNROLL = 4;
 constexpr int PAIR_UNROLL = 1;
 #endif
 constexpr int STRIDE = TILE + 4;  // of a row in shared memory: reads along rows and along columns share no bank
-constexpr int MATCH_THREADS = 1024;
-constexpr int MATCH_WARPS = MATCH_THREADS / 32;
-constexpr unsigned char OPEN = 0, KEEPS = 1, GOES = 2;
 
 // The mean of the keys, weighted by counts. A block per TILE coordinates of a stream.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -61,12 +54,11 @@ weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, in
   }
 }
 
-// Points [key - mean, value / value_scale, zeros]. A warp per cluster. The square of each point, if it is asked for,
-// and no nearest other yet.
+// Points [key - mean, value / value_scale, zeros]. A warp per cluster. The square of each point, if it is asked for.
 extern "C" __global__ void __launch_bounds__(THREADS)
 features(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ mean,
          const float* __restrict__ value_scale, long long total, int n, int head_dim, int value_dim, int width,
-         float* __restrict__ points, float* __restrict__ norms, unsigned long long* __restrict__ nearest) {
+         float* __restrict__ points, float* __restrict__ norms) {
   const int lane = threadIdx.x % 32;
   const long long cluster = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
   if (cluster >= total) return;
@@ -81,10 +73,7 @@ features(const float* __restrict__ keys, const float* __restrict__ values, const
     norm += x * x;
   }
   norm = warp_sum(norm);
-  if (lane == 0) {
-    if (norms) norms[cluster] = norm;
-    nearest[cluster] = ~0ull;
-  }
+  if (lane == 0 && norms) norms[cluster] = norm;
 }
 
 // The keys of the points times the metric, values as they are; and the product of each point with its image. A block
@@ -182,13 +171,13 @@ __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
 }
 
 // A block takes a tile of pairs on or above the diagonal and writes its mirror image too: costs are symmetric to the
-// last bit, as mutual neighbours need. Of each cluster the nearest other it is compared with, packed: the bits of the
-// cost, then the index, so that the least of these integers is the first of the least costs.
+// last bit, as mutual neighbours need. Of each cluster and each tile of others the least cost, packed: its bits, then the
+// index, so that the least of these integers is the first of the least costs.
 extern "C" __global__ void __launch_bounds__(PAIR_THREADS, 4)
 pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, const float* __restrict__ norms,
            const int* __restrict__ counts, const float* __restrict__ importance,
            const int* __restrict__ remembered, int n, int width, float* __restrict__ costs,
-           unsigned long long* __restrict__ nearest) {
+           unsigned long long* __restrict__ least) {
   __shared__ __align__(16) float shared[2 * PAIR_TILE * STRIDE];
   float* rows = shared;                           // PAIR_TILE x STRIDE
   float* columns = shared + PAIR_TILE * STRIDE;   // PAIR_TILE x STRIDE
@@ -204,8 +193,8 @@ pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, c
   counts += stream * n;
   importance += stream * n;
   if (remembered) remembered += stream * n;
-  costs += stream * n * n;
-  nearest += stream * n;
+  costs += stream * n * tiles * PAIR_TILE;
+  least += stream * n * tiles;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int own_row = warp / 2 * 32, own_column = warp % 2 * 32;  // of the tile, this warp's quarter
 
@@ -276,177 +265,19 @@ pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, c
     for (int r = warp; r < PAIR_TILE; r += PAIR_THREADS / 32) {
       const int i = (mirror ? first_column : first_row) + r;
       if (i >= n) break;
-      unsigned long long least = ~0ull;
+      unsigned long long first = ~0ull;
 #pragma unroll
       for (int s = lane; s < PAIR_TILE; s += 32) {
         const int j = (mirror ? first_row : first_column) + s;
         if (j >= n) continue;
         const bool turned = diagonal ? s < r : mirror;
         const float cost = shared[turned ? s * COST_STRIDE + r : r * COST_STRIDE + s];
-        costs[(long long)i * n + j] = cost;
-        least = min(least, (unsigned long long)(unsigned)__float_as_int(cost) << 32 | (unsigned)j);
+        costs[(long long)i * tiles * PAIR_TILE + j] = cost;
+        first = min(first, (unsigned long long)(unsigned)__float_as_int(cost) << 32 | (unsigned)j);
       }
-      for (int step = 16; step; step /= 2) least = min(least, __shfl_xor_sync(EVERY_LANE, least, step));
-      if (lane == 0) atomicMin(&nearest[i], least);
+      for (int step = 16; step; step /= 2) first = min(first, __shfl_xor_sync(EVERY_LANE, first, step));
+      if (lane == 0) least[(long long)i * tiles + (mirror ? tile_row : tile_column)] = first;
     }
-}
-
-// The first of the least costs of a row, among columns that are open; the first column where there is none. Bits of a
-// cost are compared, those of the mask.
-__device__ __forceinline__ void row_argmin(const float* row, const unsigned char* state, int n, unsigned mask,
-                                           float& least, int& index) {
-  unsigned least_bits = (unsigned)__float_as_int(infinity());
-  index = n;
-#pragma unroll 8
-  for (int j = threadIdx.x % 32; j < n; j += 32) {
-    const unsigned bits = (unsigned)__float_as_int(row[j]) & mask;
-    if (bits < least_bits && state[j] == OPEN) {
-      least_bits = bits;
-      index = j;
-    }
-  }
-  warp_argmin(least_bits, index);
-  least = __int_as_float((int)least_bits);
-  if (index == n) index = 0;
-}
-
-// Chooses pairs until the surplus over `most` is used or none is left, and says where every cluster goes: place p of
-// the result comes from source[p], merged with other[p]; -1 is alone, -2 is a free place. `moved` follows the `given`
-// places of before the first pass. Costs and nearest others are not read where there is no surplus.
-//
-// With `remembered`, `new_nearest` is for those in no pair the nearest other in no pair, and where there is no surplus
-// what they remember. In a stream with fewer new clusters than two less one for each of the surplus all are compared: a
-// matching halves what there is if it must, whatever is remembered, so that the host knows how many passes there are.
-extern "C" __global__ void __launch_bounds__(MATCH_THREADS, 1)
-match_pairs(const float* __restrict__ costs, const int* __restrict__ counts,
-            const unsigned long long* __restrict__ nearest, const int* __restrict__ remembered, int n, int most,
-            int places, int given, int first_pass, int* __restrict__ source, int* __restrict__ other,
-            int* __restrict__ new_nearest, long long* __restrict__ moved) {
-  extern __shared__ int dynamic[];
-  int* partner = dynamic;                                                // n
-  float* cost = reinterpret_cast<float*>(dynamic + n);                   // n
-  int* pairs = dynamic + 2 * n;                                          // n / 2, first of each pair
-  unsigned char* state = reinterpret_cast<unsigned char*>(pairs + n / 2);  // n
-  __shared__ int found;
-  __shared__ int before[MATCH_WARPS];
-  const long long stream = blockIdx.x;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  costs += stream * n * n;
-  counts += stream * n;
-  moved += stream * given;
-
-  if (thread == 0) found = 0;
-  __syncthreads();  // found
-  // Of the clusters, those that live, and in the upper half those of them that are new.
-  int live = 0;
-  for (int i = thread; i < n; i += MATCH_THREADS)
-    if (counts[i] > 0) live += remembered && remembered[stream * n + i] < 0 ? 0x10001 : 1;
-  live = warp_sum(live);
-  if (lane == 0) atomicAdd(&found, live);
-  __syncthreads();  // found
-  live = found & 0xffff;
-  int surplus = live - most;
-  // Whether pairs count that are not compared: their sign does not, then.
-  const bool every = remembered && (found >> 16) < 2 * surplus - 1;
-  for (int i = thread; i < n; i += MATCH_THREADS) {
-    if (surplus > 0) {
-      partner[i] = (int)(unsigned)nearest[stream * n + i];
-      cost[i] = every ? infinity() : __int_as_float((int)(nearest[stream * n + i] >> 32));
-    } else if (remembered) {
-      partner[i] = remembered[stream * n + i];
-    }
-    state[i] = OPEN;
-  }
-  __syncthreads();  // partner, cost, state; everyone has read found
-
-  const bool chooses = surplus > 0;
-  while (chooses) {
-    for (int i = warp; i < n; i += MATCH_WARPS) {
-      if (state[i] != OPEN || (cost[i] < infinity() ? state[partner[i]] == OPEN : !every)) continue;
-      float least;
-      int index;
-      row_argmin(costs + (long long)i * n, state, n, every ? 0x7fffffffu : 0xffffffffu, least, index);
-      if (lane == 0) {
-        partner[i] = index;
-        cost[i] = least;
-      }
-    }
-    if (thread == 0) found = 0;
-    __syncthreads();  // partner, cost, found
-    if (surplus == 0) break;
-    for (int i = thread; i < n; i += MATCH_THREADS)
-      if (state[i] == OPEN && cost[i] < infinity() && i < partner[i] && partner[partner[i]] == i)
-        pairs[atomicAdd(&found, 1)] = i;
-    __syncthreads();  // pairs, found
-    const int candidates = found;
-    if (!candidates) break;
-    for (int p = thread; p < candidates; p += MATCH_THREADS) {
-      const int i = pairs[p];
-      int rank = 0;
-      // The cheapest, as many as the surplus; of equal ones the first.
-      if (candidates > surplus)
-        for (int q = 0; q < candidates; q++) {
-          const int k = pairs[q];
-          rank += cost[k] < cost[i] || (cost[k] == cost[i] && k < i);
-        }
-      if (rank < surplus) {
-        state[i] = KEEPS;
-        state[partner[i]] = GOES;
-      }
-    }
-    surplus -= min(candidates, surplus);
-    __syncthreads();  // state; everyone has read found and pairs
-    if (surplus == 0 && !remembered) break;  // or those that are left look for their nearest others
-  }
-
-  // Places of the clusters: those that live to the front, in their order.
-  int* ahead = reinterpret_cast<int*>(cost);  // of each cluster, those that live before it; costs are done with
-  const int share = (n + MATCH_THREADS - 1) / MATCH_THREADS;
-  const int begin = min(n, thread * share), end = min(n, begin + share);
-  int own = 0;
-  for (int i = begin; i < end; i++) {
-    own += counts[i] > 0 && state[i] != GOES;
-    if (chooses && state[i] == OPEN && cost[i] == infinity()) partner[i] = -1;
-  }
-  int upto = own;
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(EVERY_LANE, upto, step);
-    if (lane >= step) upto += left;
-  }
-  if (lane == 31) before[warp] = upto;
-  __syncthreads();  // before
-  int all = 0, place = upto - own;
-  for (int w = 0; w < MATCH_WARPS; w++) {
-    if (w < warp) place += before[w];
-    all += before[w];
-  }
-  for (int i = begin; i < end; i++) {
-    const bool lives = counts[i] > 0 && state[i] != GOES;
-    const int to = lives ? place : all + i - place;
-    ahead[i] = place;
-    place += lives;
-    if (to >= places) continue;
-    source[stream * places + to] = i;
-    other[stream * places + to] = !lives ? -2 : state[i] == KEEPS ? partner[i] : -1;
-  }
-  __syncthreads();  // ahead
-  for (int i = thread; i < given; i += MATCH_THREADS) {
-    const long long at = first_pass ? i : moved[i];
-    if (first_pass ? counts[i] > 0 : at < live) {
-      moved[i] = ahead[state[at] == GOES ? partner[at] : at];
-    } else {
-      // A free place goes behind the clusters, as far as it was. After a pass it stood behind `live` and i - passed
-      // others, so `passed` clusters were before it.
-      const long long passed = first_pass ? i : live + i - at;
-      moved[i] = all + i - (passed < n ? ahead[passed] : all);
-    }
-  }
-  if (!remembered) return;
-  const auto place_of = [&](int i) { return counts[i] > 0 && state[i] != GOES ? ahead[i] : all + i - ahead[i]; };
-  for (int i = thread; i < n; i += MATCH_THREADS) {
-    const int to = place_of(i), found_for = state[i] == OPEN && partner[i] >= 0 ? place_of(partner[i]) : -1;
-    if (to < places) new_nearest[stream * places + to] = found_for;
-  }
 }
 
 // A block per place of the result.
