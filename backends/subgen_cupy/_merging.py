@@ -23,8 +23,8 @@ _MATCH_THREADS = 1024
 
 
 def _match_shared(n: int) -> int:
-    """Bytes that the matching of n clusters keeps in shared memory: partner, cost, pairs, state."""
-    return 4 * (2 * n + n // 2) + n
+    """Bytes that the matching of n clusters keeps in shared memory: partner, cost, list, state."""
+    return 11 * n
 
 
 #: Clusters of a stream, new tokens included, that the matching has room for (with its few static bytes).

@@ -8,13 +8,12 @@
 //
 // Set by the launcher: PEERS.
 
-constexpr int TILE = 64;  // that of `pair_costs`
-constexpr int TEAM = 4;   // lanes that look for a cluster's nearest other
+constexpr int TILE = 64;  // that of `pair_costs`: two columns a lane
+constexpr int HELD = 3;   // tiles of a row that a lane looks after
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned char OPEN = 0, KEEPS = 1, GOES = 2;
-// A cost and an index, packed: the bits of the cost come first. From here on there is nobody.
-constexpr unsigned long long NOBODY = 0x7f800000ull << 32;
+constexpr unsigned NOBODY = 0x7f800000u;  // the bits of an infinite cost; those of a pair that is not compared are beyond
 
 #if PEERS > 1
 #define TOGETHER __cluster_dims__(PEERS)
@@ -38,53 +37,86 @@ __device__ __forceinline__ void tell(void* place, int peer, int word) {
 #endif
 }
 
-__device__ __forceinline__ unsigned long long team_min(unsigned long long x) {
-  for (int step = TEAM / 2; step; step /= 2) x = min(x, __shfl_xor_sync(EVERY_LANE, x, step));
-  return x;
+// The least cost of a warp, as bits, and the first index that has it.
+__device__ __forceinline__ void warp_first(unsigned& bits, unsigned& index) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned least = __reduce_min_sync(EVERY_LANE, bits);
+  index = __reduce_min_sync(EVERY_LANE, bits == least ? index : ~0u);
+  bits = least;
+#else
+  int signed_index = (int)index;
+  warp_argmin(bits, signed_index);
+  index = (unsigned)signed_index;
+#endif
 }
 
-// Of the columns of a tile that are open the least cost, as far as a lane reads them. The bits of the mask count.
-__device__ __forceinline__ unsigned long long read_tile(const float* row, int tile, const unsigned char* state, int n,
-                                                        unsigned mask) {
-  unsigned long long least = NOBODY;
-#pragma unroll
-  for (int q = 0; q < TILE / (4 * TEAM); q++) {
-    const int column = tile * TILE + 4 * (q * TEAM + threadIdx.x % TEAM);
-    // Rows are whole tiles.
-    const float4 four = *reinterpret_cast<const float4*>(row + column);
-    const float costs[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int e = 0; e < 4; e++)
-      if (column + e < n && state[column + e] == OPEN)
-        least = min(least, (unsigned long long)((unsigned)__float_as_int(costs[e]) & mask) << 32 | (unsigned)(column + e));
+// The first of the least costs of a tile of columns, of those that are open. The bits of the mask count.
+__device__ __forceinline__ void read_tile(const float* row, int tile, const unsigned char* state, int n, unsigned mask,
+                                          unsigned& bits, unsigned& index) {
+  const int column = tile * TILE + 2 * (threadIdx.x % 32);
+  const float2 costs = *reinterpret_cast<const float2*>(row + column);  // rows are whole tiles
+  bits = NOBODY;
+  index = 0;
+  if (column + 1 < n && state[column + 1] == OPEN) {
+    bits = (unsigned)__float_as_int(costs.y) & mask;
+    index = column + 1;
   }
-  return least;
+  if (column < n && state[column] == OPEN) {
+    const unsigned left = (unsigned)__float_as_int(costs.x) & mask;
+    if (left <= bits) {
+      bits = left;
+      index = column;
+    }
+  }
+  warp_first(bits, index);
 }
 
-// The nearest open other of a cluster, by a team; all lanes of a warp come here, whether their cluster needs it or not.
-__device__ __forceinline__ unsigned long long look(const float* row, unsigned long long* least,
-                                                   const unsigned char* state, int n, int tiles, unsigned mask,
-                                                   bool needed) {
-  unsigned long long after = 0;  // tiles up to this bound were read again
+__device__ __forceinline__ bool less(unsigned bits, unsigned index, unsigned than_bits, unsigned than_index) {
+  return bits < than_bits || (bits == than_bits && index < than_index);
+}
+
+// The nearest open other of a cluster, by a warp.
+__device__ __forceinline__ void look(const float* row, unsigned long long* least, const unsigned char* state, int n,
+                                     int tiles, unsigned mask, unsigned& best, unsigned& best_index) {
+  const int lane = threadIdx.x % 32;
+  unsigned bits[HELD], index[HELD];
+#pragma unroll
+  for (int h = 0; h < HELD; h++) {
+    bits[h] = NOBODY;
+    if (h * 32 + lane < tiles) {
+      bits[h] = (unsigned)(least[h * 32 + lane] >> 32);
+      index[h] = (unsigned)least[h * 32 + lane];
+    }
+  }
   while (true) {
-    unsigned long long best = NOBODY, bound = NOBODY;
-    for (int tile = threadIdx.x % TEAM; needed && tile < tiles; tile += TEAM) {
-      const unsigned long long known = least[tile];
-      if (known >= NOBODY) continue;
-      if (state[(int)known] == OPEN) best = min(best, known);
-      else if (known >= after) bound = min(bound, known);
+    unsigned bound = NOBODY, bound_index = 0;
+    best = NOBODY;
+    best_index = 0;
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+      if (bits[h] >= NOBODY) continue;
+      if (state[index[h]] == OPEN) {
+        if (less(bits[h], index[h], best, best_index)) {
+          best = bits[h];
+          best_index = index[h];
+        }
+      } else if (less(bits[h], index[h], bound, bound_index)) {
+        bound = bits[h];
+        bound_index = index[h];
+      }
     }
-    best = team_min(best);
-    bound = team_min(bound);
-    const bool again = bound < best;
-    if (!__any_sync(EVERY_LANE, again)) return best;
-    const int tile = (int)bound / TILE;
-    const unsigned long long found = team_min(again ? read_tile(row, tile, state, n, mask) : NOBODY);
-    if (again) {
-      if (threadIdx.x % TEAM == 0) least[tile] = found;
-      after = bound + 1;
-    }
-    __syncwarp();  // least
+    warp_first(best, best_index);
+    warp_first(bound, bound_index);
+    if (bound >= NOBODY || !less(bound, bound_index, best, best_index)) return;
+    const int tile = bound_index / TILE;
+    read_tile(row, tile, state, n, mask, bound, bound_index);
+#pragma unroll
+    for (int h = 0; h < HELD; h++)
+      if (h * 32 + lane == tile) {
+        bits[h] = bound;
+        index[h] = bound_index;
+        least[tile] = (unsigned long long)bound << 32 | bound_index;
+      }
   }
 }
 
@@ -101,11 +133,11 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
             int* __restrict__ source, int* __restrict__ other, int* __restrict__ new_nearest,
             long long* __restrict__ moved) {
   extern __shared__ int dynamic[];
-  int* partner = dynamic;                                                // n
-  float* cost = reinterpret_cast<float*>(dynamic + n);                   // n
-  int* pairs = dynamic + 2 * n;                                          // n / 2, first of each pair
-  unsigned char* state = reinterpret_cast<unsigned char*>(pairs + n / 2);  // n
-  __shared__ int found;
+  int* partner = dynamic;                                                             // n
+  float* cost = reinterpret_cast<float*>(dynamic + n);                                // n
+  unsigned short* list = reinterpret_cast<unsigned short*>(dynamic + 2 * n);          // n
+  unsigned char* state = reinterpret_cast<unsigned char*>(list + n);                  // n
+  __shared__ int found, looking;
   __shared__ int before[WARPS];
   const long long stream = blockIdx.x / PEERS;
   const int peer = blockIdx.x % PEERS;
@@ -135,44 +167,50 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
     if (!chooses && remembered) partner[i] = remembered[stream * n + i];
     state[i] = OPEN;
   }
-  ALL_PEERS(__syncthreads());  // partner, state; everyone has read found
+  if (thread == 0) looking = 0;
+  ALL_PEERS(__syncthreads());  // partner, state, looking; everyone has read found
 
   bool start = true;
   while (chooses) {
-    for (int i = thread / TEAM * PEERS + peer; i - lane / TEAM * PEERS < n; i += THREADS / TEAM * PEERS) {
-      const bool needed =
-          i < n && state[i] == OPEN && (start || (cost[i] < infinity() && state[partner[i]] != OPEN));
-      if (!__any_sync(EVERY_LANE, needed)) continue;
-      const float* row = costs + (long long)min(i, n - 1) * tiles * TILE;
-      unsigned long long* minima = least + (long long)min(i, n - 1) * tiles;
+    // Of this block's share, those that must look.
+    for (int i = thread * PEERS + peer; i < n; i += THREADS * PEERS)
+      if (state[i] == OPEN && (start || (cost[i] < infinity() && state[partner[i]] != OPEN)))
+        list[atomicAdd(&looking, 1)] = (unsigned short)i;
+    __syncthreads();  // list, looking
+    for (int k = warp; k < looking; k += WARPS) {
+      const int i = list[k];
+      const float* row = costs + (long long)i * tiles * TILE;
+      unsigned long long* minima = least + (long long)i * tiles;
+      unsigned bits, index;
       for (int tile = 0; start && every && tile < tiles; tile++) {
-        const unsigned long long found = team_min(read_tile(row, tile, state, n, mask));
-        if (needed && lane % TEAM == 0) minima[tile] = found;
+        read_tile(row, tile, state, n, mask, bits, index);
+        if (lane == 0) minima[tile] = (unsigned long long)bits << 32 | index;
       }
       __syncwarp();  // minima
-      const unsigned long long nearest = look(row, minima, state, n, tiles, mask, needed);
-      for (int p = lane % TEAM; needed && p < PEERS; p += TEAM) {
-        tell(partner + i, p, (int)nearest);
-        tell(cost + i, p, (int)(nearest >> 32));
+      look(row, minima, state, n, tiles, mask, bits, index);
+      if (lane < PEERS) {
+        tell(partner + i, lane, (int)index);
+        tell(cost + i, lane, (int)min(bits, NOBODY));
       }
     }
     start = false;
     if (thread == 0) found = 0;
-    ALL_PEERS(__syncthreads());  // partner, cost, found
+    ALL_PEERS(__syncthreads());  // partner, cost, found; everyone has read list and looking
     if (surplus == 0) break;
+    if (thread == 0) looking = 0;
     for (int i = thread; i < n; i += THREADS)
       if (state[i] == OPEN && cost[i] < infinity() && i < partner[i] && partner[partner[i]] == i)
-        pairs[atomicAdd(&found, 1)] = i;
-    __syncthreads();  // pairs, found
+        list[atomicAdd(&found, 1)] = (unsigned short)i;
+    __syncthreads();  // list, found
     const int candidates = found;
     if (!candidates) break;
     for (int p = thread; p < candidates; p += THREADS) {
-      const int i = pairs[p];
+      const int i = list[p];
       int rank = 0;
       // The cheapest, as many as the surplus; of equal ones the first.
       if (candidates > surplus)
         for (int q = 0; q < candidates; q++) {
-          const int k = pairs[q];
+          const int k = list[q];
           rank += cost[k] < cost[i] || (cost[k] == cost[i] && k < i);
         }
       if (rank < surplus) {
@@ -181,7 +219,7 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
       }
     }
     surplus -= min(candidates, surplus);
-    ALL_PEERS(__syncthreads());  // state; everyone has read found, pairs, partner and cost
+    ALL_PEERS(__syncthreads());  // state; everyone has read found, list, partner and cost
     if (surplus == 0 && !remembered) break;  // or those that are left look for their nearest others
   }
   if (peer) return;
