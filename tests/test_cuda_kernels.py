@@ -803,7 +803,7 @@ def settled_by_torch(
 
 
 @pytest.mark.parametrize("storage", ["input", "int8"])
-def test_a_block_is_absorbed_in_eleven_launches(monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:
+def test_a_block_is_absorbed_in_ten_launches(monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:
     lab = cuda_labs.emulation()
     monkeypatch.setattr(_operations, "device_of", lambda x: lab.device)
     monkeypatch.setattr(backends, "_resolved", {"numpy": backends.Operations(**BACKEND.operations)})
@@ -817,10 +817,10 @@ def test_a_block_is_absorbed_in_eleven_launches(monkeypatch: pytest.MonkeyPatch,
     assert before.n_exact == 18
     assert after.n_exact == 11
     names = [launch.kernel for launch in lab.device.launches]  # type: ignore[attr-defined]
-    merging_names = ["weighted_mean", "features", "map_points", "pair_costs", "match_pairs", "merge_pairs"]
+    merging_names = ["weighted_mean", "make_points", "pair_costs", "match_pairs", "merge_pairs"]
     absorbed = ["gather", "turn_away", "weigh", "query_moment", *merging_names, "settle"]
     assert [name for name in names if name != "query_codes"] == absorbed
-    assert len(absorbed) == 11
+    assert len(absorbed) == 10
 
 
 def test_new_clusters_alone_are_compared_with_all_but_every_eighth_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,11 @@ MERGING = Module("merging.cu")
 # Blocks that match a stream together, where the device has clusters of blocks, and streams up to which they do: with
 # more, every processor has a stream of its own.
 _PEERS, _FEW_STREAMS = 8, 32
-_TILE = 32
+_MEAN_TILE, _MEAN_THREADS = 32, 1024
+_CHUNK = 16
+_POINTS = 64
+_SIDE = 128
 _PAIR_TILE = 64
-_PAIR_THREADS = 128
 _WARPS = 8
 _THREADS = 256
 _MATCH_THREADS = 1024
@@ -56,42 +58,35 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
     """
     streams, n, head_dim = means.keys.shape
     value_dim = means.values.shape[-1]
-    width = _TILE * ceil_div(head_dim + value_dim, _TILE)
-    mean = device.empty((streams, head_dim), "float32")
-    points = device.empty((streams, n, width), "float32")
-    norms = device.empty((streams, n), "float32")
+    key_width, value_width = (_CHUNK * ceil_div(dim, _CHUNK) for dim in (head_dim, value_dim))
+    mean, norms = device.empty((streams, head_dim), "float32"), device.empty((streams, n), "float32")
+    # Of each number a high and a low part, 16 bits each.
+    points = device.empty((streams, n, 2 * (key_width + value_width)), "int16")
+    mapped = None if metric is None else device.empty((streams, n, 2 * key_width), "int16")
     arguments = [
         *(address(device, x) for x in (means.keys, means.counts)),
         i32(n),
         i32(head_dim),
         address(device, mean),
     ]
-    device.run(Launch(MERGING, "weighted_mean", streams * ceil_div(head_dim, _TILE), _THREADS, arguments))
+    device.run(Launch(MERGING, "weighted_mean", streams * ceil_div(head_dim, _MEAN_TILE), _MEAN_THREADS, arguments))
     arguments = [
-        *(address(device, x) for x in (means.keys, means.values, mean, value_scale)),
-        i64(streams * n),
-        *(i32(x) for x in (n, head_dim, value_dim, width)),
-        *(address(device, x) for x in (points, None if metric is not None else norms)),
+        *(address(device, x) for x in (means.keys, means.values, mean, value_scale, metric)),
+        *(i32(x) for x in (n, head_dim, value_dim, key_width, value_width)),
+        *(address(device, x) for x in (points, mapped, norms)),
     ]
-    device.run(Launch(MERGING, "features", ceil_div(streams * n, _WARPS), _THREADS, arguments))
-    mapped = points
-    if metric is not None:
-        mapped = device.empty((streams, n, width), "float32")
-        arguments = [
-            *(address(device, x) for x in (points, metric)),
-            *(i32(x) for x in (n, head_dim, width)),
-            *(address(device, x) for x in (mapped, norms)),
-        ]
-        device.run(Launch(MERGING, "map_points", streams * ceil_div(n, _TILE), _THREADS, arguments, joins=True))
-    tiles = ceil_div(n, _PAIR_TILE)
+    device.run(Launch(MERGING, "make_points", streams * ceil_div(n, _POINTS), _THREADS, arguments, joins=True))
+    tiles, squares = ceil_div(n, _PAIR_TILE), ceil_div(n, _SIDE)
     costs = device.empty((streams, n, tiles * _PAIR_TILE), "float32")
     least = device.empty((streams, n, tiles), "int64")
+    mapped_width = key_width + value_width if mapped is None else key_width
     arguments = [
-        *(address(device, x) for x in (mapped, points, norms, means.counts, means.importance, means.nearest)),
-        *(i32(x) for x in (n, width)),
+        address(device, points if mapped is None else mapped),
+        *(address(device, x) for x in (points, norms, means.counts, means.importance, means.nearest)),
+        *(i32(x) for x in (n, key_width, value_width, mapped_width)),
         *(address(device, x) for x in (costs, least)),
     ]
-    device.run(Launch(MERGING, "pair_costs", streams * (tiles * (tiles + 1) // 2), _PAIR_THREADS, arguments))
+    device.run(Launch(MERGING, "pair_costs", streams * (squares * (squares + 1) // 2), _THREADS, arguments))
     return costs, least
 
 
@@ -155,10 +150,11 @@ def merge(device: Device, means: Means, source: Array, other: Array, nearest: Ar
     halves = 0 if means.leaders is None else head_dim * means.leaders.dtype.itemsize // 2
     arguments = [
         *(address(device, x) for x in (*means.arrays()[:-1], source, other)),
+        i64(streams * places),
         *(i32(x) for x in (n, places, head_dim, value_dim, bands, halves)),
         *(address(device, x) for x in new.arrays()[:-1]),
     ]
-    device.run(Launch(MERGING, "merge_pairs", streams * places, 128, arguments))
+    device.run(Launch(MERGING, "merge_pairs", ceil_div(streams * places, _WARPS), _THREADS, arguments))
     return replace(new, nearest=nearest)
 
 

@@ -62,6 +62,19 @@ __device__ __forceinline__ void warp_argmin(T& least, int& index) {
   }
 }
 
+// The least cost of a warp, as bits, and the first index that has it.
+__device__ __forceinline__ void warp_first(unsigned& bits, unsigned& index) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned least = __reduce_min_sync(EVERY_LANE, bits);
+  index = __reduce_min_sync(EVERY_LANE, bits == least ? index : ~0u);
+  bits = least;
+#else
+  int signed_index = (int)index;
+  warp_argmin(bits, signed_index);
+  index = (unsigned)signed_index;
+#endif
+}
+
 // A vector in 8 bits with one scale, to nearest, by a warp; see `subgen.rounding.quantize`. `read(d)` gives its numbers.
 template <class Read>
 __device__ __forceinline__ void to_8_bits(Read read, int dim, signed char* codes, float* scale) {

@@ -37,19 +37,6 @@ __device__ __forceinline__ void tell(void* place, int peer, int word) {
 #endif
 }
 
-// The least cost of a warp, as bits, and the first index that has it.
-__device__ __forceinline__ void warp_first(unsigned& bits, unsigned& index) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const unsigned least = __reduce_min_sync(EVERY_LANE, bits);
-  index = __reduce_min_sync(EVERY_LANE, bits == least ? index : ~0u);
-  bits = least;
-#else
-  int signed_index = (int)index;
-  warp_argmin(bits, signed_index);
-  index = (unsigned)signed_index;
-#endif
-}
-
 // The first of the least costs of a tile of columns, of those that are open. The bits of the mask count.
 __device__ __forceinline__ void read_tile(const float* row, int tile, const unsigned char* state, int n, unsigned mask,
                                           unsigned& bits, unsigned& index) {

@@ -1,42 +1,53 @@
 // The closest pairs of clusters merge until a number is left: `subgen.merging`, without asking the host.
 //
-// `weighted_mean`, `features`: keys and values as points, so that the cost of a pair is a distance of points.
-// `map_points`: the metric, applied to the keys of the points.
-// `pair_costs`: Ward's cost of each pair from the product of mapped points and points, by tensor cores, and of each
-//     cluster the least in every tile of others. CuPy has matrix products too, but refuses them while a graph is recorded.
-// `merge_pairs`: writes the merged clusters, those that live first, in their order.
+// `weighted_mean`, `make_points`: keys and values as points, so that the cost of a pair is a distance of points; and the
+//     keys of the points times the metric.
+// `pair_costs`: Ward's cost of each pair from the product of mapped points and points, and of each cluster the least in
+//     every tile of others. CuPy has matrix products too, but refuses them while a graph is recorded.
+// `merge_pairs`: writes the merged clusters, those that live first, in their order. Which: matching.cu.
 //
-// Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero. Points have
-// `width` numbers, a multiple of 32, zeros at the end.
+// Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero.
+//
+// Products are those of tensor cores, in bfloat16: a number is the sum of a high and a low part, 16 bits in all, and of
+// the four products of parts all but that of the low ones are added up, in float32. The parts of CHUNK numbers of a row
+// lie together, the high ones first. The key of a point has `key_width` numbers, its value `value_width`: multiples of
+// CHUNK, zeros at the end. The metric changes keys alone, so of mapped points only those are stored.
 //
 // Where clusters remember their nearest others, two are compared if one is new, that is, remembers none, or if one
 // remembers the other. The cost of a pair that is not compared has its sign set: as an integer it is beyond infinity,
 // and it is at hand for a stream in which so few are new that all are compared.
 
-constexpr int TILE = 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define TENSOR_CORES 1
+#else
+#define TENSOR_CORES 0
+#endif
+
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int SHARE = TILE / WARPS;  // rows of a tile that a warp looks after
-constexpr int PAIR_TILE = 64;
-constexpr int PAIR_THREADS = 128;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-constexpr int PAIR_UNROLL = 4;
-#else
-constexpr int PAIR_UNROLL = 1;
-#endif
-constexpr int STRIDE = TILE + 4;  // of a row in shared memory: reads along rows and along columns share no bank
+constexpr int MEAN_TILE = 32;
+constexpr int MEAN_WARPS = 32;
+constexpr int CHUNK = 16;
+constexpr int PAIR_TILE = 64;   // columns whose least cost is known: two a lane
+constexpr int SIDE = 128;       // clusters of a tile of pairs, and columns of a turn of `make_points`
+constexpr int POINTS = 64;      // clusters of a block of `make_points`
+// Halves of a row in shared memory: high and low parts, and room, so that eight rows share no bank.
+constexpr int STRIDE = 2 * CHUNK + 8;
 
-// The mean of the keys, weighted by counts. A block per TILE coordinates of a stream.
-extern "C" __global__ void __launch_bounds__(THREADS)
+typedef unsigned short Half;  // the bits of a bfloat16
+
+// The mean of the keys, weighted by counts. A block per MEAN_TILE coordinates of a stream.
+extern "C" __global__ void __launch_bounds__(32 * MEAN_WARPS)
 weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, int n, int head_dim,
               float* __restrict__ mean) {
-  __shared__ float sums[WARPS][TILE];
-  __shared__ float totals[WARPS];
-  const int tiles = (head_dim + TILE - 1) / TILE;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d = blockIdx.x % tiles * TILE + lane;
+  __shared__ float sums[MEAN_WARPS][MEAN_TILE];
+  __shared__ float totals[MEAN_WARPS];
+  const int tiles = (head_dim + MEAN_TILE - 1) / MEAN_TILE;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d = blockIdx.x % tiles * MEAN_TILE + lane;
   const long long stream = blockIdx.x / tiles;
   float sum = 0.0f, total = 0.0f;
-  for (int i = warp; i < n; i += WARPS) {
+#pragma unroll 8
+  for (int i = warp; i < n; i += MEAN_WARPS) {
     const float count = (float)counts[stream * n + i];
     total += count;
     if (d < head_dim) sum += count * keys[(stream * n + i) * head_dim + d];
@@ -46,7 +57,7 @@ weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, in
   __syncthreads();  // sums, totals
   if (warp == 0 && d < head_dim) {
     sum = total = 0.0f;
-    for (int w = 0; w < WARPS; w++) {
+    for (int w = 0; w < MEAN_WARPS; w++) {
       sum += sums[w][lane];
       total += totals[w];
     }
@@ -54,141 +65,238 @@ weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, in
   }
 }
 
-// Points [key - mean, value / value_scale, zeros]. A warp per cluster. The square of each point, if it is asked for.
-extern "C" __global__ void __launch_bounds__(THREADS)
-features(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ mean,
-         const float* __restrict__ value_scale, long long total, int n, int head_dim, int value_dim, int width,
-         float* __restrict__ points, float* __restrict__ norms) {
-  const int lane = threadIdx.x % 32;
-  const long long cluster = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
-  if (cluster >= total) return;
-  const long long stream = cluster / n;
-  float norm = 0.0f;
-  for (int d = lane; d < width; d += 32) {
-    float x = 0.0f;
-    // Differences are all that matters: without the common offset, float32 keeps the digits.
-    if (d < head_dim) x = keys[cluster * head_dim + d] - mean[stream * head_dim + d];
-    else if (d < head_dim + value_dim) x = values[cluster * value_dim + d - head_dim] / value_scale[stream];
-    points[cluster * width + d] = x;
-    norm += x * x;
-  }
-  norm = warp_sum(norm);
-  if (lane == 0 && norms) norms[cluster] = norm;
+// A number as a sum of two in bfloat16.
+__device__ __forceinline__ void split(float x, Half& high, Half& low) {
+  bfloat16 part;
+  narrow(x, part);
+  high = part.bits;
+  narrow(x - widen(part), part);
+  low = part.bits;
 }
 
-// The keys of the points times the metric, values as they are; and the product of each point with its image. A block
-// per TILE clusters of a stream.
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
-map_points(const float* __restrict__ points, const float* __restrict__ metric, int n, int head_dim, int width,
-           float* __restrict__ mapped, float* __restrict__ norms) {
-  __shared__ __align__(16) float key_tile[TILE][STRIDE];
-  __shared__ float metric_tile[TILE][TILE];
-  const int tiles = (n + TILE - 1) / TILE;
-  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * SHARE;
-  const long long stream = blockIdx.x / tiles;
-  const int first_cluster = blockIdx.x % tiles * TILE;
-  points += (stream * n + first_cluster) * width;
-  mapped += (stream * n + first_cluster) * width;
-  norms += stream * n + first_cluster;
-  metric += stream * head_dim * head_dim;
-  const int live = min(TILE, n - first_cluster);
-  float norm[SHARE] = {};
-  for (int first = 0; first < head_dim; first += TILE) {
-    float product[SHARE] = {};
-    for (int start = 0; start < head_dim; start += TILE) {
-      __syncthreads();  // the tiles of the turn before are done with
+// Four numbers, split, into the row of a chunk: in shared memory, and in memory too if they are to be kept.
+__device__ __forceinline__ void put_four(const float (&x)[4], Half* row, Half* kept) {
+  Half parts[8];
 #pragma unroll
-      for (int s = 0; s < SHARE; s++) {
-        const int row = first_row + s;
-        key_tile[row][lane] = row < live && start + lane < head_dim ? points[row * width + start + lane] : 0.0f;
-        metric_tile[row][lane] = start + row < head_dim && first + lane < head_dim
-                                     ? metric[(start + row) * head_dim + first + lane]
-                                     : 0.0f;
+  for (int e = 0; e < 4; e++) split(x[e], parts[e], parts[4 + e]);
+  uint2 high, low;
+  memcpy(&high, parts, sizeof(high));
+  memcpy(&low, parts + 4, sizeof(low));
+  if (row) {
+    *reinterpret_cast<uint2*>(row) = high;
+    *reinterpret_cast<uint2*>(row + CHUNK) = low;
+  }
+  if (kept) {
+    *reinterpret_cast<uint2*>(kept) = high;
+    *reinterpret_cast<uint2*>(kept + CHUNK) = low;
+  }
+}
+
+#if TENSOR_CORES
+__device__ __forceinline__ void load_matrices(unsigned (&m)[4], const Half* row) {
+  const unsigned address = (unsigned)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+
+// c += a b for a 16 x 16 and a 16 x 8 matrix over a warp.
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#else
+__device__ __forceinline__ float part(const Half* row, int k) {
+  bfloat16 x;
+  x.bits = row[k];
+  return widen(x);
+}
+#endif
+
+// Adds the products of a chunk to 16 M x 64 numbers of a warp: rows and columns of shared memory. Lane 4 g + t holds of
+// each 16 x 8 of them the columns 2 t and 2 t + 1 of row g, then of row g + 8.
+template <int M>
+__device__ __forceinline__ void add_products(const Half* rows, const Half* columns, float (&product)[M][8][4]) {
+  const int lane = threadIdx.x % 32;
+#if TENSOR_CORES
+  unsigned high[M][4], low[M][4];
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+    const Half* row = rows + (m * 16 + lane % 16) * STRIDE + lane / 16 * 8;
+    load_matrices(high[m], row);
+    load_matrices(low[m], row + CHUNK);
+  }
+#pragma unroll
+  for (int pair = 0; pair < 4; pair++) {
+    unsigned column_high[4], column_low[4];
+    const Half* column = columns + (pair * 16 + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8;
+    load_matrices(column_high, column);
+    load_matrices(column_low, column + CHUNK);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        multiply(product[m][2 * pair + c], low[m], column_high[2 * c], column_high[2 * c + 1]);
+        multiply(product[m][2 * pair + c], high[m], column_low[2 * c], column_low[2 * c + 1]);
+        multiply(product[m][2 * pair + c], high[m], column_high[2 * c], column_high[2 * c + 1]);
       }
-      __syncthreads();  // key_tile, metric_tile
-#pragma unroll 4
-      for (int d = 0; d < TILE; d += 4) {
-        const float m0 = metric_tile[d][lane], m1 = metric_tile[d + 1][lane];
-        const float m2 = metric_tile[d + 2][lane], m3 = metric_tile[d + 3][lane];
+  }
+#else
+  const int g = lane / 4, t = lane % 4;
 #pragma unroll
-        for (int s = 0; s < SHARE; s++) {
-          const float4 key = *reinterpret_cast<const float4*>(&key_tile[first_row + s][d]);
-          product[s] += key.x * m0 + key.y * m1 + key.z * m2 + key.w * m3;
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const Half* row = rows + (m * 16 + r * 8 + g) * STRIDE;
+#pragma unroll 1
+      for (int k = 0; k < CHUNK; k++) {
+        const float high = part(row, k), low = part(row, k + CHUNK);
+#pragma unroll
+        for (int c = 0; c < 16; c++) {
+          const Half* column = columns + (c / 2 * 8 + 2 * t + c % 2) * STRIDE;
+          const float column_high = part(column, k);
+          product[m][c / 2][2 * r + c % 2] += low * column_high + high * part(column, k + CHUNK) + high * column_high;
         }
       }
     }
-#pragma unroll
-    for (int s = 0; s < SHARE; s++) {
-      const int row = first_row + s, d = first + lane;
-      if (row >= live || d >= head_dim) continue;
-      mapped[row * width + d] = product[s];
-      norm[s] += product[s] * points[row * width + d];
-    }
-  }
-#pragma unroll
-  for (int s = 0; s < SHARE; s++) {
-    const int row = first_row + s;
-    for (int d = head_dim + lane; row < live && d < width; d += 32) {
-      const float x = points[row * width + d];
-      mapped[row * width + d] = x;
-      norm[s] += x * x;
-    }
-    norm[s] = warp_sum(norm[s]);
-    if (lane == 0 && row < live) norms[row] = norm[s];
-  }
-}
-
-// c += a b for a 16 x 8 and an 8 x 8 matrix over a warp, in TF32: of a number, the first 10 bits behind the point count.
-// Lane 4 g + t holds of a the rows g, g + 8 of column t and the same of column t + 4; of b, the rows t and t + 4 of
-// column g; of c, the columns 2 t and 2 t + 1 of row g, then of row g + 8.
-__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int k = 0; k < 8; k++) {
-    float of_a[2], of_b[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const unsigned x = __shfl_sync(EVERY_LANE, a[k / 4 * 2 + half], g * 4 + k % 4);
-      const unsigned y = __shfl_sync(EVERY_LANE, b[k / 4], (2 * t + half) * 4 + k % 4);
-      of_a[half] = __int_as_float((int)(x & 0xffffe000u));
-      of_b[half] = __int_as_float((int)(y & 0xffffe000u));
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) c[i] += of_a[i / 2] * of_b[i % 2];
-  }
 #endif
 }
 
-// A number as a sum of two in TF32: 21 bits of it, with those of the rounding.
-__device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
-  high = ((unsigned)__float_as_int(x) + 0x1000u) & 0xffffe000u;
-  low = (unsigned)__float_as_int(x - __int_as_float((int)high));
+// Points [key - mean, value / value_scale] in parts, their keys times the metric in parts if there is one, and the product
+// of each point with its image. The metric is symmetric: its rows are its columns. A block per POINTS clusters.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+make_points(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ mean,
+            const float* __restrict__ value_scale, const float* __restrict__ metric, int n, int head_dim, int value_dim,
+            int key_width, int value_width, Half* __restrict__ points, Half* __restrict__ mapped,
+            float* __restrict__ norms) {
+  __shared__ __align__(16) Half rows[POINTS * STRIDE];
+  __shared__ __align__(16) Half columns[SIDE * STRIDE];
+  __shared__ float squares[POINTS][4], products[POINTS][2];
+  const int blocks = (n + POINTS - 1) / POINTS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const long long stream = blockIdx.x / blocks;
+  const int first = blockIdx.x % blocks * POINTS, live = min(POINTS, n - first);
+  keys += (stream * n + first) * head_dim;
+  values += (stream * n + first) * value_dim;
+  mean += stream * head_dim;
+  metric += metric ? stream * head_dim * head_dim : 0;
+  points += (stream * n + first) * 2 * (key_width + value_width);
+  mapped += (stream * n + first) * 2 * key_width;
+  norms += stream * n + first;
+
+  // A thread takes four numbers of a row of a chunk.
+  const int own = threadIdx.x / 4, four = threadIdx.x % 4 * 4;
+  const auto point = [&](int row, int d) { return row < live && d < head_dim ? keys[row * head_dim + d] - mean[d] : 0.0f; };
+  float square = 0.0f;
+  const float unit = value_scale[stream];
+  for (int start = 0; start < value_width; start += CHUNK) {
+    float x[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int d = start + four + e;
+      x[e] = own < live && d < value_dim ? values[own * value_dim + d] / unit : 0.0f;
+      square += x[e] * x[e];
+    }
+    if (own < live) put_four(x, nullptr, points + own * 2 * (key_width + value_width) + 2 * (key_width + start) + four);
+  }
+  float product_sum[2] = {};  // of the rows g and g + 8 of this warp
+  for (int column = 0; column < key_width; column += SIDE) {
+    float product[1][8][4] = {};
+    for (int start = 0; start < key_width; start += CHUNK) {
+      float x[4], of_metric[2][4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int d = start + four + e;
+        x[e] = point(own, d);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int c = column + half * POINTS + own;
+          of_metric[half][e] = metric && c < head_dim && d < head_dim ? metric[(long long)c * head_dim + d] : 0.0f;
+        }
+        if (!metric) square += x[e] * x[e];
+      }
+      __syncthreads();  // the chunk before is done with
+      Half* kept = column == 0 && own < live ? points + own * 2 * (key_width + value_width) + 2 * start + four : nullptr;
+      put_four(x, rows + own * STRIDE + four, kept);
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        put_four(of_metric[half], columns + (half * POINTS + own) * STRIDE + four, nullptr);
+      __syncthreads();  // rows, columns
+      if (metric) add_products<1>(rows + warp / 2 * 16 * STRIDE, columns + warp % 2 * 64 * STRIDE, product);
+    }
+    if (!metric) break;  // one turn writes all points
+#pragma unroll
+    for (int c = 0; c < 8; c++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int r = warp / 2 * 16 + e / 2 * 8 + g, d = column + warp % 2 * 64 + c * 8 + 2 * t + e % 2;
+        if (r >= live || d >= key_width) continue;
+        Half* chunk = mapped + r * 2 * key_width + d / CHUNK * 2 * CHUNK + d % CHUNK;
+        split(product[0][c][e], chunk[0], chunk[CHUNK]);
+        product_sum[e / 2] += product[0][c][e] * point(r, d);
+      }
+  }
+  squares[own][four / 4] = square;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    for (int step = 1; step < 4; step *= 2) product_sum[r] += __shfl_xor_sync(EVERY_LANE, product_sum[r], step);
+    if (t == 0) products[warp / 2 * 16 + r * 8 + g][warp % 2] = product_sum[r];
+  }
+  __syncthreads();  // squares, products
+  if (threadIdx.x < live) {
+    const float* of_row = squares[threadIdx.x];
+    norms[threadIdx.x] =
+        of_row[0] + of_row[1] + of_row[2] + of_row[3] + products[threadIdx.x][0] + products[threadIdx.x][1];
+  }
+}
+
+// 16 bytes into shared memory, without waiting for them.
+__device__ __forceinline__ void fetch(Half* to, const Half* from) {
+#if TENSOR_CORES
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+#endif
+}
+
+// Waits for what this thread has fetched, but for the last batches.
+template <int BATCHES>
+__device__ __forceinline__ void wait_for_all_but() {
+#if TENSOR_CORES
+  asm volatile("cp.async.wait_group %0;" ::"n"(BATCHES) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void end_batch() {
+#if TENSOR_CORES
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
 
 // A block takes a tile of pairs on or above the diagonal and writes its mirror image too: costs are symmetric to the
 // last bit, as mutual neighbours need. Of each cluster and each tile of others the least cost, packed: its bits, then the
 // index, so that the least of these integers is the first of the least costs.
-extern "C" __global__ void __launch_bounds__(PAIR_THREADS, 4)
-pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, const float* __restrict__ norms,
-           const int* __restrict__ counts, const float* __restrict__ importance,
-           const int* __restrict__ remembered, int n, int width, float* __restrict__ costs,
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, const float* __restrict__ norms,
+           const int* __restrict__ counts, const float* __restrict__ importance, const int* __restrict__ remembered,
+           int n, int key_width, int value_width, int mapped_width, float* __restrict__ costs,
            unsigned long long* __restrict__ least) {
-  __shared__ __align__(16) float shared[2 * PAIR_TILE * STRIDE];
-  float* rows = shared;                           // PAIR_TILE x STRIDE
-  float* columns = shared + PAIR_TILE * STRIDE;   // PAIR_TILE x STRIDE
-  const int tiles = (n + PAIR_TILE - 1) / PAIR_TILE, pairs = tiles * (tiles + 1) / 2;
+  constexpr int BATCH = 2 * SIDE * STRIDE;
+  constexpr int COST_STRIDE = SIDE + 1;
+  __shared__ __align__(16) Half shared[2 * BATCH];  // two batches of rows and columns; then half a tile of costs
+  const int squares = (n + SIDE - 1) / SIDE, pairs = squares * (squares + 1) / 2;
+  const int tiles = (n + PAIR_TILE - 1) / PAIR_TILE;
   const long long stream = blockIdx.x / pairs;
   int tile_row = 0, tile_column = blockIdx.x % pairs;
-  while (tile_column >= tiles - tile_row) tile_column -= tiles - tile_row++;
+  while (tile_column >= squares - tile_row) tile_column -= squares - tile_row++;
   tile_column += tile_row;
-  const int first_row = tile_row * PAIR_TILE, first_column = tile_column * PAIR_TILE;
-  mapped += stream * n * width;
-  points += stream * n * width;
+  const int first_row = tile_row * SIDE, first_column = tile_column * SIDE;
+  const int width = key_width + value_width;
+  mapped += stream * n * 2 * mapped_width;
+  points += stream * n * 2 * width;
   norms += stream * n;
   counts += stream * n;
   importance += stream * n;
@@ -196,107 +304,129 @@ pair_costs(const float* __restrict__ mapped, const float* __restrict__ points, c
   costs += stream * n * tiles * PAIR_TILE;
   least += stream * n * tiles;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int own_row = warp / 2 * 32, own_column = warp % 2 * 32;  // of the tile, this warp's quarter
+  const int own_row = warp / 2 * 32, own_column = warp % 2 * 64;  // of the tile, this warp's eighth
 
-  float product[2][4][4] = {};
-  for (int start = 0; start < width; start += TILE) {
-    __syncthreads();  // the tiles of the turn before are done with
-    for (int i = threadIdx.x; i < PAIR_TILE * TILE / 4; i += PAIR_THREADS) {
-      const int r = i / (TILE / 4), d = i % (TILE / 4) * 4;
-      float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
-      if (first_row + r < n)
-        a = *reinterpret_cast<const float4*>(mapped + (long long)(first_row + r) * width + start + d);
-      if (first_column + r < n)
-        b = *reinterpret_cast<const float4*>(points + (long long)(first_column + r) * width + start + d);
-      *reinterpret_cast<float4*>(rows + r * STRIDE + d) = a;
-      *reinterpret_cast<float4*>(columns + r * STRIDE + d) = b;
+  // A thread takes 16 bytes of two rows and of two columns of each chunk; beyond the last cluster, that one again.
+  const auto fetch_chunk = [&](int start) {
+    Half* to = shared + start / CHUNK % 2 * BATCH;
+    const int part = threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int r = half * 64 + threadIdx.x / 4;
+      const long long row = min(first_row + r, n - 1), column = min(first_column + r, n - 1);
+      fetch(to + r * STRIDE + part, start < key_width ? mapped + row * 2 * mapped_width + 2 * start + part
+                                                      : points + row * 2 * width + 2 * start + part);
+      fetch(to + (SIDE + r) * STRIDE + part, points + column * 2 * width + 2 * start + part);
     }
-    __syncthreads();  // rows, columns
-#pragma unroll PAIR_UNROLL
-    for (int k = 0; k < TILE; k += 8) {
-      unsigned high[2][4], low[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          split(rows[(own_row + m * 16 + i % 2 * 8 + g) * STRIDE + k + i / 2 * 4 + t], high[m][i], low[m][i]);
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        unsigned column_high[2], column_low[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          split(columns[(own_column + c * 8 + g) * STRIDE + k + i * 4 + t], column_high[i], column_low[i]);
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-          multiply(product[m][c], low[m], column_high);
-          multiply(product[m][c], high[m], column_low);
-          multiply(product[m][c], high[m], column_high);
-        }
-      }
+    end_batch();
+  };
+  float product[2][8][4] = {};
+  fetch_chunk(0);
+  for (int start = 0; start < width; start += CHUNK) {
+    if (start + CHUNK < width) {
+      fetch_chunk(start + CHUNK);
+      wait_for_all_but<1>();
+    } else {
+      wait_for_all_but<0>();
     }
+    __syncthreads();  // a batch
+    const Half* batch = shared + start / CHUNK % 2 * BATCH;
+    add_products<2>(batch + own_row * STRIDE, batch + (SIDE + own_column) * STRIDE, product);
+    __syncthreads();  // the batch is done with
   }
-  __syncthreads();  // rows and columns are done with: their place is that of the costs
-  constexpr int COST_STRIDE = PAIR_TILE + 1;
+
 #pragma unroll
   for (int m = 0; m < 2; m++)
 #pragma unroll
-    for (int c = 0; c < 4; c++)
+    for (int r = 0; r < 2; r++) {
+      const int i = first_row + own_row + m * 16 + r * 8 + g;
+      const bool lives = i < n && counts[i] > 0;
+      const float norm = lives ? norms[i] : 0.0f, weight = lives ? importance[i] : 0.0f;
+      const int a = lives && remembered ? remembered[i] : -1;
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int r = own_row + m * 16 + e / 2 * 8 + g, s = own_column + c * 8 + 2 * t + e % 2;
-        const int i = first_row + r, j = first_column + s;
+      for (int c = 0; c < 16; c++) {
+        const int j = first_column + own_column + c / 2 * 8 + 2 * t + c % 2;
+        float& x = product[m][c / 2][2 * r + c % 2];
         float cost = infinity();
-        if (i < n && j < n && i != j && counts[i] > 0 && counts[j] > 0) {
-          const float squared = norms[i] + norms[j] - 2.0f * product[m][c][e];
-          const float sum = importance[i] + importance[j];
-          const float factor = importance[i] * importance[j] / (sum > 0.0f ? sum : 1.0f);
+        if (lives && j < n && i != j && counts[j] > 0) {
+          const float squared = norm + norms[j] - 2.0f * x;
+          const float sum = weight + importance[j];
+          const float factor = weight * importance[j] / (sum > 0.0f ? sum : 1.0f);
           // No cost is infinite but where nothing may merge, whatever the keys.
           cost = (squared > 0.0f ? fminf(squared, 1.8446743e19f) : 0.0f) * factor;
           if (remembered) {
-            const int a = remembered[i], b = remembered[j];
+            const int b = remembered[j];
             if (a >= 0 && b >= 0 && a != j && b != i) cost = -cost;
           }
         }
-        shared[r * COST_STRIDE + s] = cost;
+        x = cost;
       }
-  __syncthreads();  // costs
-  const bool diagonal = tile_row == tile_column;
-  for (int mirror = 0; mirror < (diagonal ? 1 : 2); mirror++)
-    for (int r = warp; r < PAIR_TILE; r += PAIR_THREADS / 32) {
-      const int i = (mirror ? first_column : first_row) + r;
-      if (i >= n) break;
-      unsigned long long first = ~0ull;
-#pragma unroll
-      for (int s = lane; s < PAIR_TILE; s += 32) {
-        const int j = (mirror ? first_row : first_column) + s;
-        if (j >= n) continue;
-        const bool turned = diagonal ? s < r : mirror;
-        const float cost = shared[turned ? s * COST_STRIDE + r : r * COST_STRIDE + s];
-        costs[(long long)i * tiles * PAIR_TILE + j] = cost;
-        first = min(first, (unsigned long long)(unsigned)__float_as_int(cost) << 32 | (unsigned)j);
-      }
-      for (int step = 16; step; step /= 2) first = min(first, __shfl_xor_sync(EVERY_LANE, first, step));
-      if (lane == 0) least[(long long)i * tiles + (mirror ? tile_row : tile_column)] = first;
     }
+
+  // Half of the rows at a time go through shared memory, whose rows and columns are then lines of the costs.
+  float* half_tile = reinterpret_cast<float*>(shared);
+  const bool diagonal = tile_row == tile_column;
+  // A line of PAIR_TILE costs of cluster i, from column j on; the first so many from the mirror image.
+  const auto write_line = [&](int i, int j, const float* line, int step, const float* mirrored, int turned) {
+    if (i >= n || j >= n) return;
+    unsigned bits = ~0u, index = ~0u;
+#pragma unroll
+    for (int s = lane; s < PAIR_TILE; s += 32) {
+      if (j + s >= n) continue;
+      const float cost = s < turned ? mirrored[s * COST_STRIDE] : line[s * step];
+      costs[(long long)i * tiles * PAIR_TILE + j + s] = cost;
+      if ((unsigned)__float_as_int(cost) < bits) {
+        bits = (unsigned)__float_as_int(cost);
+        index = j + s;
+      }
+    }
+    warp_first(bits, index);
+    if (lane == 0) least[(long long)i * tiles + j / PAIR_TILE] = (unsigned long long)bits << 32 | index;
+  };
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (warp / 4 == half)
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int c = 0; c < 8; c++)
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            half_tile[(own_row % 64 + m * 16 + e / 2 * 8 + g) * COST_STRIDE + own_column + c * 8 + 2 * t + e % 2] =
+                product[m][c][e];
+    __syncthreads();  // half_tile
+    for (int r = warp; r < 64; r += WARPS)
+      for (int side = diagonal ? half : 0; side < 2; side++) {
+        const float* corner = half_tile + side * 64;
+        write_line(first_row + half * 64 + r, first_column + side * 64, corner + r * COST_STRIDE, 1, corner + r,
+                   diagonal && side == half ? r : 0);
+      }
+    for (int s = (diagonal ? 64 : 0) + warp; s < (diagonal && half ? 0 : SIDE); s += WARPS)
+      write_line(first_column + s, first_row + half * 64, half_tile + s, COST_STRIDE, nullptr, 0);
+    __syncthreads();  // half_tile is done with
+  }
 }
 
-// A block per place of the result.
-extern "C" __global__ void __launch_bounds__(128)
+// A warp per place of the result.
+extern "C" __global__ void __launch_bounds__(THREADS)
 merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, const int* __restrict__ counts,
             const float* __restrict__ spread, const float* __restrict__ importance,
             const unsigned short* __restrict__ leaders, const int* __restrict__ source, const int* __restrict__ other,
-            int n, int places, int head_dim, int value_dim, int bands, int leader_halves,
+            long long total, int n, int places, int head_dim, int value_dim, int bands, int leader_halves,
             float* __restrict__ new_keys, float* __restrict__ new_values, int* __restrict__ new_counts,
             float* __restrict__ new_spread, float* __restrict__ new_importance,
             unsigned short* __restrict__ new_leaders) {
-  const long long place = blockIdx.x;
+  const int lane = threadIdx.x % 32;
+  const long long place = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
+  if (place >= total) return;
   const long long base = place / places * n;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, mate = other[place];
+  const int mate = other[place];
   const long long a = base + source[place], b = mate < 0 ? a : base + mate;
-  const int added = mate < 0 ? 0 : counts[b], total = counts[a] + added;
-  const float share = (float)added / (float)(total > 0 ? total : 1);
+  const int added = mate < 0 ? 0 : counts[b], all = counts[a] + added;
+  const float share = (float)added / (float)(all > 0 ? all : 1);
   const int band = head_dim / bands;
-  for (int c = warp; c < bands; c += warps) {
+#pragma unroll 4
+  for (int c = 0; c < bands; c++) {
     float apart = 0.0f;
     for (int d = c * band + lane; d < (c + 1) * band; d += 32) {
       const float key = keys[a * head_dim + d], difference = keys[b * head_dim + d] - key;
@@ -308,15 +438,16 @@ merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, co
     const float s = spread[a * bands + c];
     if (lane == 0) new_spread[place * bands + c] = s + share * (spread[b * bands + c] - s + (1.0f - share) * apart);
   }
-  for (int d = threadIdx.x; d < value_dim; d += blockDim.x) {
+#pragma unroll 4
+  for (int d = lane; d < value_dim; d += 32) {
     const float value = values[a * value_dim + d];
     new_values[place * value_dim + d] = value + (values[b * value_dim + d] - value) * share;
   }
   // The leader of the first stays, bit by bit, whatever its dtype.
-  for (int d = threadIdx.x; d < leader_halves; d += blockDim.x)
+  for (int d = lane; d < leader_halves; d += 32)
     new_leaders[place * leader_halves + d] = leaders[a * leader_halves + d];
-  if (threadIdx.x == 0) {
-    new_counts[place] = mate == -2 ? 0 : total;
+  if (lane == 0) {
+    new_counts[place] = mate == -2 ? 0 : all;
     new_importance[place] = importance[a] + (mate < 0 ? 0.0f : importance[b]);
   }
 }
