@@ -258,7 +258,7 @@ def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str
 
     def busy_while(turn: int) -> tuple[float, float]:
         begin, end = cp.cuda.Event(), cp.cuda.Event()
-        for _ in range(8):
+        for _ in range(24):
             cp.copyto(target, source)
         begin.record()
         start = time.perf_counter()

@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
         MERGING,
         {
             "weighted_mean": 64,
-            "make_points": 128,
+            "make_points": 160,
             "pair_costs": 128,
             "merge_pairs": 80,
         },

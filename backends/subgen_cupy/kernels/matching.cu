@@ -10,6 +10,7 @@
 
 constexpr int TILE = 64;  // that of `pair_costs`: two columns a lane
 constexpr int HELD = 3;   // tiles of a row that a lane looks after
+constexpr int AT_ONCE = 4;  // tiles that are read again before the first is looked at
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned char OPEN = 0, KEEPS = 1, GOES = 2;
@@ -37,11 +38,15 @@ __device__ __forceinline__ void tell(void* place, int peer, int word) {
 #endif
 }
 
-// The first of the least costs of a tile of columns, of those that are open. The bits of the mask count.
-__device__ __forceinline__ void read_tile(const float* row, int tile, const unsigned char* state, int n, unsigned mask,
-                                          unsigned& bits, unsigned& index) {
+// Two columns of a tile for each lane; rows are whole tiles.
+__device__ __forceinline__ float2 read_tile(const float* row, int tile) {
+  return *reinterpret_cast<const float2*>(row + tile * TILE + 2 * (threadIdx.x % 32));
+}
+
+// The first of the least costs of a tile, of columns that are open. The bits of the mask count.
+__device__ __forceinline__ void first_of_tile(float2 costs, int tile, const unsigned char* state, int n, unsigned mask,
+                                              unsigned& bits, unsigned& index) {
   const int column = tile * TILE + 2 * (threadIdx.x % 32);
-  const float2 costs = *reinterpret_cast<const float2*>(row + column);  // rows are whole tiles
   bits = NOBODY;
   index = 0;
   if (column + 1 < n && state[column + 1] == OPEN) {
@@ -67,44 +72,60 @@ __device__ __forceinline__ void look(const float* row, unsigned long long* least
                                      int tiles, unsigned mask, unsigned& best, unsigned& best_index) {
   const int lane = threadIdx.x % 32;
   unsigned bits[HELD], index[HELD];
+  bool exact[HELD];
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
     bits[h] = NOBODY;
+    index[h] = 0;
     if (h * 32 + lane < tiles) {
-      bits[h] = (unsigned)(least[h * 32 + lane] >> 32);
-      index[h] = (unsigned)least[h * 32 + lane];
+      const unsigned long long known = least[h * 32 + lane];
+      bits[h] = (unsigned)(known >> 32);
+      index[h] = (unsigned)known;
     }
+    exact[h] = bits[h] < NOBODY && state[index[h]] == OPEN;
   }
-  while (true) {
-    unsigned bound = NOBODY, bound_index = 0;
+  const auto find_best = [&]() {
     best = NOBODY;
     best_index = 0;
 #pragma unroll
-    for (int h = 0; h < HELD; h++) {
-      if (bits[h] >= NOBODY) continue;
-      if (state[index[h]] == OPEN) {
-        if (less(bits[h], index[h], best, best_index)) {
-          best = bits[h];
-          best_index = index[h];
+    for (int h = 0; h < HELD; h++)
+      if (exact[h] && less(bits[h], index[h], best, best_index)) {
+        best = bits[h];
+        best_index = index[h];
+      }
+    warp_first(best, best_index);
+  };
+  find_best();
+  // Tiles that may hide a nearer one are read again, several at a time.
+#pragma unroll
+  for (int h = 0; h < HELD; h++) {
+    if (h * 32 >= tiles) break;
+    unsigned hiding =
+        __ballot_sync(EVERY_LANE, bits[h] < NOBODY && !exact[h] && less(bits[h], index[h], best, best_index));
+    while (hiding) {
+      int tile[AT_ONCE];
+      float2 costs[AT_ONCE];
+#pragma unroll
+      for (int q = 0; q < AT_ONCE; q++) {
+        tile[q] = hiding ? h * 32 + __ffs((int)hiding) - 1 : -1;
+        hiding &= hiding - 1;
+        if (tile[q] >= 0) costs[q] = read_tile(row, tile[q]);
+      }
+#pragma unroll
+      for (int q = 0; q < AT_ONCE; q++) {
+        if (tile[q] < 0) break;
+        unsigned found, found_index;
+        first_of_tile(costs[q], tile[q], state, n, mask, found, found_index);
+        if (h * 32 + lane == tile[q]) {
+          bits[h] = found;
+          index[h] = found_index;
+          exact[h] = found < NOBODY;
+          least[tile[q]] = (unsigned long long)found << 32 | found_index;
         }
-      } else if (less(bits[h], index[h], bound, bound_index)) {
-        bound = bits[h];
-        bound_index = index[h];
       }
     }
-    warp_first(best, best_index);
-    warp_first(bound, bound_index);
-    if (bound >= NOBODY || !less(bound, bound_index, best, best_index)) return;
-    const int tile = bound_index / TILE;
-    read_tile(row, tile, state, n, mask, bound, bound_index);
-#pragma unroll
-    for (int h = 0; h < HELD; h++)
-      if (h * 32 + lane == tile) {
-        bits[h] = bound;
-        index[h] = bound_index;
-        least[tile] = (unsigned long long)bound << 32 | bound_index;
-      }
   }
+  find_best();
 }
 
 // Chooses pairs until the surplus over `most` is used or none is left, and says where every cluster goes: place p of
@@ -170,7 +191,7 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
       unsigned long long* minima = least + (long long)i * tiles;
       unsigned bits, index;
       for (int tile = 0; start && every && tile < tiles; tile++) {
-        read_tile(row, tile, state, n, mask, bits, index);
+        first_of_tile(read_tile(row, tile), tile, state, n, mask, bits, index);
         if (lane == 0) minima[tile] = (unsigned long long)bits << 32 | index;
       }
       __syncwarp();  // minima

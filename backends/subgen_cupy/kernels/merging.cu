@@ -74,6 +74,21 @@ __device__ __forceinline__ void split(float x, Half& high, Half& low) {
   low = part.bits;
 }
 
+// Four numbers of a row from one on; zeros beyond its end.
+__device__ __forceinline__ void read_four(const float* row, int first, int dim, float (&x)[4]) {
+  if (dim % 4 == 0) {
+    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (first < dim) four = *reinterpret_cast<const float4*>(row + first);
+    x[0] = four.x;
+    x[1] = four.y;
+    x[2] = four.z;
+    x[3] = four.w;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; e++) x[e] = first + e < dim ? row[first + e] : 0.0f;
+}
+
 // Four numbers, split, into the row of a chunk: in shared memory, and in memory too if they are to be kept.
 __device__ __forceinline__ void put_four(const float (&x)[4], Half* row, Half* kept) {
   Half parts[8];
@@ -166,7 +181,7 @@ __device__ __forceinline__ void add_products(const Half* rows, const Half* colum
 
 // Points [key - mean, value / value_scale] in parts, their keys times the metric in parts if there is one, and the product
 // of each point with its image. The metric is symmetric: its rows are its columns. A block per POINTS clusters.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 make_points(const float* __restrict__ keys, const float* __restrict__ values, const float* __restrict__ mean,
             const float* __restrict__ value_scale, const float* __restrict__ metric, int n, int head_dim, int value_dim,
             int key_width, int value_width, Half* __restrict__ points, Half* __restrict__ mapped,
@@ -186,56 +201,70 @@ make_points(const float* __restrict__ keys, const float* __restrict__ values, co
   mapped += (stream * n + first) * 2 * key_width;
   norms += stream * n + first;
 
-  // A thread takes four numbers of a row of a chunk.
-  const int own = threadIdx.x / 4, four = threadIdx.x % 4 * 4;
-  const auto point = [&](int row, int d) { return row < live && d < head_dim ? keys[row * head_dim + d] - mean[d] : 0.0f; };
+  // A thread takes four numbers of a row of a chunk; beyond the last cluster, that one again.
+  const int own = threadIdx.x / 4, four = threadIdx.x % 4 * 4, row = min(own, live - 1);
+  Half* kept = points + own * 2 * (key_width + value_width) + four;
   float square = 0.0f;
   const float unit = value_scale[stream];
+#pragma unroll 2
   for (int start = 0; start < value_width; start += CHUNK) {
     float x[4];
+    read_four(values + row * value_dim, start + four, value_dim, x);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const int d = start + four + e;
-      x[e] = own < live && d < value_dim ? values[own * value_dim + d] / unit : 0.0f;
+      x[e] /= unit;
       square += x[e] * x[e];
     }
-    if (own < live) put_four(x, nullptr, points + own * 2 * (key_width + value_width) + 2 * (key_width + start) + four);
+    if (own < live) put_four(x, nullptr, kept + 2 * (key_width + start));
   }
   float product_sum[2] = {};  // of the rows g and g + 8 of this warp
   for (int column = 0; column < key_width; column += SIDE) {
     float product[1][8][4] = {};
+    // A chunk is read while the products of the one before are added.
+    float key[4], offset[4], of_metric[2][4] = {};
+    const auto read_chunk = [&](int start) {
+      read_four(keys + row * head_dim, start + four, head_dim, key);
+      read_four(mean, start + four, head_dim, offset);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int c = column + half * POINTS + own;
+        if (metric && c < head_dim) read_four(metric + (long long)c * head_dim, start + four, head_dim, of_metric[half]);
+      }
+    };
+    read_chunk(0);
     for (int start = 0; start < key_width; start += CHUNK) {
-      float x[4], of_metric[2][4];
+      if (start) __syncthreads();  // the chunk before is done with
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const int d = start + four + e;
-        x[e] = point(own, d);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int c = column + half * POINTS + own;
-          of_metric[half][e] = metric && c < head_dim && d < head_dim ? metric[(long long)c * head_dim + d] : 0.0f;
-        }
-        if (!metric) square += x[e] * x[e];
+        key[e] -= offset[e];
+        if (!metric) square += key[e] * key[e];
       }
-      __syncthreads();  // the chunk before is done with
-      Half* kept = column == 0 && own < live ? points + own * 2 * (key_width + value_width) + 2 * start + four : nullptr;
-      put_four(x, rows + own * STRIDE + four, kept);
+      put_four(key, rows + own * STRIDE + four, column == 0 && own < live ? kept + 2 * start : nullptr);
 #pragma unroll
       for (int half = 0; half < 2; half++)
         put_four(of_metric[half], columns + (half * POINTS + own) * STRIDE + four, nullptr);
       __syncthreads();  // rows, columns
+      if (start + CHUNK < key_width) read_chunk(start + CHUNK);
       if (metric) add_products<1>(rows + warp / 2 * 16 * STRIDE, columns + warp % 2 * 64 * STRIDE, product);
     }
     if (!metric) break;  // one turn writes all points
+    __syncthreads();  // the last chunk is done with
 #pragma unroll
     for (int c = 0; c < 8; c++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int r = warp / 2 * 16 + e / 2 * 8 + g, d = column + warp % 2 * 64 + c * 8 + 2 * t + e % 2;
-        if (r >= live || d >= key_width) continue;
-        Half* chunk = mapped + r * 2 * key_width + d / CHUNK * 2 * CHUNK + d % CHUNK;
-        split(product[0][c][e], chunk[0], chunk[CHUNK]);
-        product_sum[e / 2] += product[0][c][e] * point(r, d);
+      for (int r = 0; r < 2; r++) {
+        const int cluster = warp / 2 * 16 + r * 8 + g, d = column + warp % 2 * 64 + c * 8 + 2 * t;
+        if (cluster >= live || d >= key_width) continue;
+        Half parts[4];  // two high ones, two low ones
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float x = product[0][c][2 * r + e];
+          split(x, parts[e], parts[2 + e]);
+          if (d + e < head_dim) product_sum[r] += x * (keys[cluster * head_dim + d + e] - mean[d + e]);
+        }
+        Half* chunk = mapped + cluster * 2 * key_width + d / CHUNK * 2 * CHUNK + d % CHUNK;
+        *reinterpret_cast<unsigned*>(chunk) = parts[0] | (unsigned)parts[1] << 16;
+        *reinterpret_cast<unsigned*>(chunk + CHUNK) = parts[2] | (unsigned)parts[3] << 16;
       }
   }
   squares[own][four / 4] = square;
@@ -285,8 +314,7 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
            int n, int key_width, int value_width, int mapped_width, float* __restrict__ costs,
            unsigned long long* __restrict__ least) {
   constexpr int BATCH = 2 * SIDE * STRIDE;
-  constexpr int COST_STRIDE = SIDE + 1;
-  __shared__ __align__(16) Half shared[2 * BATCH];  // two batches of rows and columns; then half a tile of costs
+  __shared__ __align__(16) Half shared[2 * BATCH];  // two batches of rows and columns; then minima
   const int squares = (n + SIDE - 1) / SIDE, pairs = squares * (squares + 1) / 2;
   const int tiles = (n + PAIR_TILE - 1) / PAIR_TILE;
   const long long stream = blockIdx.x / pairs;
@@ -335,75 +363,66 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
     __syncthreads();  // the batch is done with
   }
 
-#pragma unroll
-  for (int m = 0; m < 2; m++)
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int i = first_row + own_row + m * 16 + r * 8 + g;
-      const bool lives = i < n && counts[i] > 0;
-      const float norm = lives ? norms[i] : 0.0f, weight = lives ? importance[i] : 0.0f;
-      const int a = lives && remembered ? remembered[i] : -1;
-#pragma unroll
-      for (int c = 0; c < 16; c++) {
-        const int j = first_column + own_column + c / 2 * 8 + 2 * t + c % 2;
-        float& x = product[m][c / 2][2 * r + c % 2];
-        float cost = infinity();
-        if (lives && j < n && i != j && counts[j] > 0) {
-          const float squared = norm + norms[j] - 2.0f * x;
-          const float sum = weight + importance[j];
-          const float factor = weight * importance[j] / (sum > 0.0f ? sum : 1.0f);
-          // No cost is infinite but where nothing may merge, whatever the keys.
-          cost = (squared > 0.0f ? fminf(squared, 1.8446743e19f) : 0.0f) * factor;
-          if (remembered) {
-            const int b = remembered[j];
-            if (a >= 0 && b >= 0 && a != j && b != i) cost = -cost;
-          }
-        }
-        x = cost;
-      }
-    }
-
-  // Half of the rows at a time go through shared memory, whose rows and columns are then lines of the costs.
-  float* half_tile = reinterpret_cast<float*>(shared);
+  // Of each row and of each column of the tile the least cost in either half of the others.
+  unsigned long long* of_rows = reinterpret_cast<unsigned long long*>(shared);  // SIDE x 2
+  unsigned long long* of_columns = of_rows + 2 * SIDE;                          // SIDE x 2
+  for (int k = threadIdx.x; k < 4 * SIDE; k += THREADS) of_rows[k] = ~0ull;
+  __syncthreads();  // of_rows, of_columns
   const bool diagonal = tile_row == tile_column;
-  // A line of PAIR_TILE costs of cluster i, from column j on; the first so many from the mirror image.
-  const auto write_line = [&](int i, int j, const float* line, int step, const float* mirrored, int turned) {
-    if (i >= n || j >= n) return;
-    unsigned bits = ~0u, index = ~0u;
+  const int line = tiles * PAIR_TILE;
+  float norm[4], weight[4];
+  int nearest[4];
+  unsigned long long first[4];
 #pragma unroll
-    for (int s = lane; s < PAIR_TILE; s += 32) {
-      if (j + s >= n) continue;
-      const float cost = s < turned ? mirrored[s * COST_STRIDE] : line[s * step];
-      costs[(long long)i * tiles * PAIR_TILE + j + s] = cost;
-      if ((unsigned)__float_as_int(cost) < bits) {
-        bits = (unsigned)__float_as_int(cost);
-        index = j + s;
-      }
+  for (int r = 0; r < 4; r++) {
+    const int i = first_row + own_row + r * 8 + g;
+    const bool lives = i < n && counts[i] > 0;
+    norm[r] = lives ? norms[i] : 0.0f;
+    weight[r] = lives ? importance[i] : -1.0f;
+    nearest[r] = lives && remembered ? remembered[i] : -1;
+    first[r] = ~0ull;
+  }
+#pragma unroll
+  for (int c = 0; c < 16; c++) {
+    const int j = first_column + own_column + c / 2 * 8 + 2 * t + c % 2;
+    const bool lives = j < n && counts[j] > 0;
+    const float own_norm = lives ? norms[j] : 0.0f, own_weight = lives ? importance[j] : -1.0f;
+    const int own_nearest = lives && remembered ? remembered[j] : -1;
+    unsigned long long first_row_of_column = ~0ull;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int i = first_row + own_row + r * 8 + g;
+      const float squared = norm[r] + own_norm - 2.0f * product[r / 2][c / 2][2 * (r % 2) + c % 2];
+      const float sum = weight[r] + own_weight;
+      const float factor = weight[r] * own_weight / (sum > 0.0f ? sum : 1.0f);
+      // No cost is infinite but where nothing may merge, whatever the keys.
+      float cost = (squared > 0.0f ? fminf(squared, 1.8446743e19f) : 0.0f) * factor;
+      if (nearest[r] >= 0 && own_nearest >= 0 && nearest[r] != j && own_nearest != i) cost = -cost;
+      if (i == j || weight[r] < 0.0f || own_weight < 0.0f) cost = infinity();
+      if (i >= n || j >= n || (diagonal && i > j)) continue;
+      const unsigned long long bits = (unsigned long long)(unsigned)__float_as_int(cost) << 32;
+      costs[(long long)i * line + j] = cost;
+      costs[(long long)j * line + i] = cost;
+      first[r] = min(first[r], bits | (unsigned)j);
+      first_row_of_column = min(first_row_of_column, bits | (unsigned)i);
     }
-    warp_first(bits, index);
-    if (lane == 0) least[(long long)i * tiles + j / PAIR_TILE] = (unsigned long long)bits << 32 | index;
-  };
+    for (int step = 4; step < 32; step *= 2)
+      first_row_of_column = min(first_row_of_column, __shfl_xor_sync(EVERY_LANE, first_row_of_column, step));
+    if (g == 0) atomicMin(&of_columns[2 * (j - first_column) + own_row / 64], first_row_of_column);
+  }
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    if (warp / 4 == half)
-#pragma unroll
-      for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int c = 0; c < 8; c++)
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            half_tile[(own_row % 64 + m * 16 + e / 2 * 8 + g) * COST_STRIDE + own_column + c * 8 + 2 * t + e % 2] =
-                product[m][c][e];
-    __syncthreads();  // half_tile
-    for (int r = warp; r < 64; r += WARPS)
-      for (int side = diagonal ? half : 0; side < 2; side++) {
-        const float* corner = half_tile + side * 64;
-        write_line(first_row + half * 64 + r, first_column + side * 64, corner + r * COST_STRIDE, 1, corner + r,
-                   diagonal && side == half ? r : 0);
-      }
-    for (int s = (diagonal ? 64 : 0) + warp; s < (diagonal && half ? 0 : SIDE); s += WARPS)
-      write_line(first_column + s, first_row + half * 64, half_tile + s, COST_STRIDE, nullptr, 0);
-    __syncthreads();  // half_tile is done with
+  for (int r = 0; r < 4; r++) {
+    for (int step = 1; step < 4; step *= 2) first[r] = min(first[r], __shfl_xor_sync(EVERY_LANE, first[r], step));
+    if (t == 0) atomicMin(&of_rows[2 * (own_row + r * 8 + g) + own_column / 64], first[r]);
+  }
+  __syncthreads();  // of_rows, of_columns
+  for (int k = threadIdx.x; k < 2 * SIDE; k += THREADS) {
+    const int i = first_row + k / 2, j = first_column + k / 2;
+    const int column_tile = first_column / PAIR_TILE + k % 2, row_tile = first_row / PAIR_TILE + k % 2;
+    // On the diagonal a row goes on as a column.
+    if (i < n && column_tile < tiles)
+      least[(long long)i * tiles + column_tile] = diagonal ? min(of_rows[k], of_columns[k]) : of_rows[k];
+    if (!diagonal && j < n) least[(long long)j * tiles + row_tile] = of_columns[k];
   }
 }
 
