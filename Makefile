@@ -1,6 +1,6 @@
 # One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, shards, drift, examples;
-# fuzz, kills and soak, which take long; and test-gpu and bench-gpu where there is a GPU. Every target makes its
-# environment first, but those two: they run in one that has CuPy, see docs/howto/gpu.md.
+# fuzz, kills and soak, which take long; and test-gpu, sanitize-gpu and bench-gpu where there is a GPU. Every target makes
+# its environment first, but those three: they run in one that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ SITE := build/docs
 PORT ?= 8000
 
 .PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream shards drift \
-  fuzz kills soak examples examples-rivals test-gpu bench-gpu clean
+  fuzz kills soak examples examples-rivals test-gpu sanitize-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
@@ -102,6 +102,14 @@ examples-rivals: $(RIVALS)/.done
 test-gpu:
 	$(GPU_PYTHON) -m pytest -W default -m gpu tests/test_cuda_kernels.py tests/test_cuda_decoder.py \
 	  tests/test_cuda_gpu.py
+
+# Stray accesses, and races in shared memory; takes compute-sanitizer of the CUDA toolkit.
+SANITIZED ?= costs_equal or any_number or taken_in or collected or rounded or leaders_decide or matched
+sanitize-gpu:
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(GPU_PYTHON) -m pytest -W default -q -m gpu \
+	    tests/test_cuda_kernels.py -k "$(SANITIZED)" || exit 1; \
+	done
 
 bench-gpu:
 	$(GPU_PYTHON) asv_benchmarks/gpu.py --output build/gpu

@@ -25,17 +25,17 @@ _MATCH_THREADS = 1024
 
 
 def _match_shared(n: int) -> int:
-    """Bytes that the matching of n clusters keeps in shared memory: partner, cost, list, state."""
-    return 11 * n
+    """Bytes that the matching of n clusters keeps in shared memory: state, partner, cost, list."""
+    return _PAIR_TILE * ceil_div(n, _PAIR_TILE) + 10 * n
 
 
 #: Clusters of a stream, new tokens included, that the matching has room for (with its few static bytes).
-MOST_CLUSTERS = (MAX_SHARED - 256) // 11
+MOST_CLUSTERS = (MAX_SHARED - 256 - _PAIR_TILE) // 11
 
 
-def matching_module(peers: int) -> Module:
-    """Return the matching by so many blocks a stream."""
-    return Module("matching.cu", constants=(("PEERS", peers),))
+def matching_module(peers: int, held: int) -> Module:
+    """Return the matching by so many blocks a stream, whose lanes look after so many tiles of a row."""
+    return Module("matching.cu", constants=(("PEERS", peers), ("HELD", held)))
 
 
 def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: Array) -> tuple[Array, Array]:
@@ -136,7 +136,7 @@ def match(
         *(i32(x) for x in (n, most, places, moved.shape[1], first)),
         *(address(device, x) for x in (source, other, new_nearest, moved)),
     ]
-    module, shared = matching_module(peers), _match_shared(n)
+    module, shared = matching_module(peers, ceil_div(n, 32 * _PAIR_TILE)), _match_shared(n)
     device.run(Launch(module, "match_pairs", streams * peers, _MATCH_THREADS, arguments, shared=shared))
     return source, other, new_nearest
 

@@ -138,7 +138,7 @@ def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
     yield _decoding.decoding_module("float16", "float16"), _decode
     yield _leaders.leaders_module("float32"), _lead
     yield _merging.MERGING, _merge
-    yield _merging.matching_module(1), _match
+    yield _merging.matching_module(1, 1), _match
 
 
 #: By file, something that runs its kernels, and statements with what they must not be.
@@ -179,9 +179,10 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
         ("bits[h] < NOBODY && !exact[h] && less(bits[h], index[h], best, best_index)", "false"),
         ("exact[h] = found < NOBODY;", ";"),
         ("least[tile[q]] = (unsigned long long)found", "least[tile[q]] = (unsigned long long)best"),
-        ("column + 1 < n && state[column + 1] == OPEN", "column + 1 < n"),
-        ("column < n && state[column] == OPEN", "column < n"),
-        ("left <= bits", "left < bits"),
+        ("states & 0xff ? NOBODY : ", ""),
+        ("states >> 8 ? NOBODY : ", ""),
+        ("column + (right < left)", "column + (right <= left)"),
+        ("i < n ? OPEN : GOES", "OPEN"),
         ("start || (cost[i] < infinity() && state[partner[i]] != OPEN)", "start"),
         # What the result remembers.
         ("surplus == 0 && !remembered", "surplus == 0"),

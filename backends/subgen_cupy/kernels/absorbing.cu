@@ -133,7 +133,7 @@ turn_away(const MEAN* __restrict__ held_keys, const ELEMENT* __restrict__ window
   float squared = 0.0f;
   for (int d = threadIdx.x; d < head_dim; d += THREADS) {
     float total = 0.0f;
-#pragma unroll 8
+#pragma unroll 16
     for (int c = 0; c < chunks; c++) total += sums[(stream * chunks + c) * head_dim + d];
     anchor[d] = total;
     squared += total * total;

@@ -6,10 +6,9 @@
 // least cost is known. If it was taken, it still bounds what is left of the tile from below. So a tile is read again
 // only if that bound is less than what is found without it.
 //
-// Set by the launcher: PEERS.
+// Set by the launcher: PEERS, HELD (tiles of a row that a lane looks after).
 
 constexpr int TILE = 64;  // that of `pair_costs`: two columns a lane
-constexpr int HELD = 3;   // tiles of a row that a lane looks after
 constexpr int AT_ONCE = 4;  // tiles that are read again before the first is looked at
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
@@ -44,22 +43,14 @@ __device__ __forceinline__ float2 read_tile(const float* row, int tile) {
 }
 
 // The first of the least costs of a tile, of columns that are open. The bits of the mask count.
-__device__ __forceinline__ void first_of_tile(float2 costs, int tile, const unsigned char* state, int n, unsigned mask,
+__device__ __forceinline__ void first_of_tile(float2 costs, int tile, const unsigned char* state, unsigned mask,
                                               unsigned& bits, unsigned& index) {
   const int column = tile * TILE + 2 * (threadIdx.x % 32);
-  bits = NOBODY;
-  index = 0;
-  if (column + 1 < n && state[column + 1] == OPEN) {
-    bits = (unsigned)__float_as_int(costs.y) & mask;
-    index = column + 1;
-  }
-  if (column < n && state[column] == OPEN) {
-    const unsigned left = (unsigned)__float_as_int(costs.x) & mask;
-    if (left <= bits) {
-      bits = left;
-      index = column;
-    }
-  }
+  const unsigned states = *reinterpret_cast<const unsigned short*>(state + column);
+  const unsigned left = states & 0xff ? NOBODY : (unsigned)__float_as_int(costs.x) & mask;
+  const unsigned right = states >> 8 ? NOBODY : (unsigned)__float_as_int(costs.y) & mask;
+  bits = min(left, right);
+  index = column + (right < left);
   warp_first(bits, index);
 }
 
@@ -68,8 +59,8 @@ __device__ __forceinline__ bool less(unsigned bits, unsigned index, unsigned tha
 }
 
 // The nearest open other of a cluster, by a warp.
-__device__ __forceinline__ void look(const float* row, unsigned long long* least, const unsigned char* state, int n,
-                                     int tiles, unsigned mask, unsigned& best, unsigned& best_index) {
+__device__ __forceinline__ void look(const float* row, unsigned long long* least, const unsigned char* state, int tiles,
+                                     unsigned mask, unsigned& best, unsigned& best_index) {
   const int lane = threadIdx.x % 32;
   unsigned bits[HELD], index[HELD];
   bool exact[HELD];
@@ -115,7 +106,7 @@ __device__ __forceinline__ void look(const float* row, unsigned long long* least
       for (int q = 0; q < AT_ONCE; q++) {
         if (tile[q] < 0) break;
         unsigned found, found_index;
-        first_of_tile(costs[q], tile[q], state, n, mask, found, found_index);
+        first_of_tile(costs[q], tile[q], state, mask, found, found_index);
         if (h * 32 + lane == tile[q]) {
           bits[h] = found;
           index[h] = found_index;
@@ -141,16 +132,16 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
             int* __restrict__ source, int* __restrict__ other, int* __restrict__ new_nearest,
             long long* __restrict__ moved) {
   extern __shared__ int dynamic[];
-  int* partner = dynamic;                                                             // n
-  float* cost = reinterpret_cast<float*>(dynamic + n);                                // n
-  unsigned short* list = reinterpret_cast<unsigned short*>(dynamic + 2 * n);          // n
-  unsigned char* state = reinterpret_cast<unsigned char*>(list + n);                  // n
+  unsigned char* state = reinterpret_cast<unsigned char*>(dynamic);  // whole tiles
+  const int tiles = (n + TILE - 1) / TILE;
+  int* partner = dynamic + tiles * TILE / 4;                                  // n
+  float* cost = reinterpret_cast<float*>(partner + n);                        // n
+  unsigned short* list = reinterpret_cast<unsigned short*>(partner + 2 * n);  // n
   __shared__ int found, looking;
   __shared__ int before[WARPS];
   const long long stream = blockIdx.x / PEERS;
   const int peer = blockIdx.x % PEERS;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int tiles = (n + TILE - 1) / TILE;
   costs += stream * n * tiles * TILE;
   least += stream * n * tiles;
   counts += stream * n;
@@ -171,9 +162,9 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
   // Whether pairs count that are not compared: their sign does not, then.
   const bool every = chooses && remembered && (found >> 16) < 2 * surplus - 1;
   const unsigned mask = every ? 0x7fffffffu : 0xffffffffu;
-  for (int i = thread; i < n; i += THREADS) {
-    if (!chooses && remembered) partner[i] = remembered[stream * n + i];
-    state[i] = OPEN;
+  for (int i = thread; i < tiles * TILE; i += THREADS) {
+    if (i < n && !chooses && remembered) partner[i] = remembered[stream * n + i];
+    state[i] = i < n ? OPEN : GOES;
   }
   if (thread == 0) looking = 0;
   ALL_PEERS(__syncthreads());  // partner, state, looking; everyone has read found
@@ -191,11 +182,11 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
       unsigned long long* minima = least + (long long)i * tiles;
       unsigned bits, index;
       for (int tile = 0; start && every && tile < tiles; tile++) {
-        first_of_tile(read_tile(row, tile), tile, state, n, mask, bits, index);
+        first_of_tile(read_tile(row, tile), tile, state, mask, bits, index);
         if (lane == 0) minima[tile] = (unsigned long long)bits << 32 | index;
       }
       __syncwarp();  // minima
-      look(row, minima, state, n, tiles, mask, bits, index);
+      look(row, minima, state, tiles, mask, bits, index);
       if (lane < PEERS) {
         tell(partner + i, lane, (int)index);
         tell(cost + i, lane, (int)min(bits, NOBODY));

@@ -65,13 +65,22 @@ weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, in
   }
 }
 
-// A number as a sum of two in bfloat16.
-__device__ __forceinline__ void split(float x, Half& high, Half& low) {
-  bfloat16 part;
-  narrow(x, part);
-  high = part.bits;
-  narrow(x - widen(part), part);
-  low = part.bits;
+// Two numbers as sums of two in bfloat16: the high parts, then the low ones, the first number in the lower half.
+__device__ __forceinline__ void split(float x, float y, unsigned& high, unsigned& low) {
+#if TENSOR_CORES
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(y), "f"(x));
+  x -= __int_as_float((int)(high << 16));
+  y -= __int_as_float((int)(high & 0xffff0000u));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(y), "f"(x));
+#else
+  bfloat16 part[2], rest[2];
+  narrow(x, part[0]);
+  narrow(y, part[1]);
+  narrow(x - widen(part[0]), rest[0]);
+  narrow(y - widen(part[1]), rest[1]);
+  high = part[0].bits | (unsigned)part[1].bits << 16;
+  low = rest[0].bits | (unsigned)rest[1].bits << 16;
+#endif
 }
 
 // Four numbers of a row from one on; zeros beyond its end.
@@ -91,12 +100,9 @@ __device__ __forceinline__ void read_four(const float* row, int first, int dim, 
 
 // Four numbers, split, into the row of a chunk: in shared memory, and in memory too if they are to be kept.
 __device__ __forceinline__ void put_four(const float (&x)[4], Half* row, Half* kept) {
-  Half parts[8];
-#pragma unroll
-  for (int e = 0; e < 4; e++) split(x[e], parts[e], parts[4 + e]);
   uint2 high, low;
-  memcpy(&high, parts, sizeof(high));
-  memcpy(&low, parts + 4, sizeof(low));
+  split(x[0], x[1], high.x, low.x);
+  split(x[2], x[3], high.y, low.y);
   if (row) {
     *reinterpret_cast<uint2*>(row) = high;
     *reinterpret_cast<uint2*>(row + CHUNK) = low;
@@ -255,16 +261,14 @@ make_points(const float* __restrict__ keys, const float* __restrict__ values, co
       for (int r = 0; r < 2; r++) {
         const int cluster = warp / 2 * 16 + r * 8 + g, d = column + warp % 2 * 64 + c * 8 + 2 * t;
         if (cluster >= live || d >= key_width) continue;
-        Half parts[4];  // two high ones, two low ones
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const float x = product[0][c][2 * r + e];
-          split(x, parts[e], parts[2 + e]);
-          if (d + e < head_dim) product_sum[r] += x * (keys[cluster * head_dim + d + e] - mean[d + e]);
-        }
+        const float x = product[0][c][2 * r], y = product[0][c][2 * r + 1];
+        unsigned high, low;
+        split(x, y, high, low);
+        if (d < head_dim) product_sum[r] += x * (keys[cluster * head_dim + d] - mean[d]);
+        if (d + 1 < head_dim) product_sum[r] += y * (keys[cluster * head_dim + d + 1] - mean[d + 1]);
         Half* chunk = mapped + cluster * 2 * key_width + d / CHUNK * 2 * CHUNK + d % CHUNK;
-        *reinterpret_cast<unsigned*>(chunk) = parts[0] | (unsigned)parts[1] << 16;
-        *reinterpret_cast<unsigned*>(chunk + CHUNK) = parts[2] | (unsigned)parts[3] << 16;
+        *reinterpret_cast<unsigned*>(chunk) = high;
+        *reinterpret_cast<unsigned*>(chunk + CHUNK) = low;
       }
   }
   squares[own][four / 4] = square;
@@ -291,17 +295,10 @@ __device__ __forceinline__ void fetch(Half* to, const Half* from) {
 #endif
 }
 
-// Waits for what this thread has fetched, but for the last batches.
-template <int BATCHES>
-__device__ __forceinline__ void wait_for_all_but() {
+// Waits for what this thread has fetched.
+__device__ __forceinline__ void wait() {
 #if TENSOR_CORES
-  asm volatile("cp.async.wait_group %0;" ::"n"(BATCHES) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void end_batch() {
-#if TENSOR_CORES
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -346,22 +343,28 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
                                                       : points + row * 2 * width + 2 * start + part);
       fetch(to + (SIDE + r) * STRIDE + part, points + column * 2 * width + 2 * start + part);
     }
-    end_batch();
   };
+  // Of each row and of each column: its norm, its importance, which is negative where nothing lives, and whom it
+  // remembers.
+  __shared__ float norm_of[2][SIDE], weight_of[2][SIDE];
+  __shared__ int nearest_of[2][SIDE];
+  {
+    const int k = threadIdx.x % SIDE, side = threadIdx.x / SIDE, i = (side ? first_column : first_row) + k;
+    const bool lives = i < n && counts[i] > 0;
+    norm_of[side][k] = lives ? norms[i] : 0.0f;
+    weight_of[side][k] = lives ? importance[i] : -1.0f;
+    nearest_of[side][k] = lives && remembered ? remembered[i] : -1;
+  }
   float product[2][8][4] = {};
   fetch_chunk(0);
   for (int start = 0; start < width; start += CHUNK) {
-    if (start + CHUNK < width) {
-      fetch_chunk(start + CHUNK);
-      wait_for_all_but<1>();
-    } else {
-      wait_for_all_but<0>();
-    }
-    __syncthreads();  // a batch
+    wait();
+    __syncthreads();  // a batch; the batch before is done with
+    if (start + CHUNK < width) fetch_chunk(start + CHUNK);
     const Half* batch = shared + start / CHUNK % 2 * BATCH;
     add_products<2>(batch + own_row * STRIDE, batch + (SIDE + own_column) * STRIDE, product);
-    __syncthreads();  // the batch is done with
   }
+  __syncthreads();  // the last batch is done with
 
   // Of each row and of each column of the tile the least cost in either half of the others.
   unsigned long long* of_rows = reinterpret_cast<unsigned long long*>(shared);  // SIDE x 2
@@ -375,19 +378,16 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
   unsigned long long first[4];
 #pragma unroll
   for (int r = 0; r < 4; r++) {
-    const int i = first_row + own_row + r * 8 + g;
-    const bool lives = i < n && counts[i] > 0;
-    norm[r] = lives ? norms[i] : 0.0f;
-    weight[r] = lives ? importance[i] : -1.0f;
-    nearest[r] = lives && remembered ? remembered[i] : -1;
+    norm[r] = norm_of[0][own_row + r * 8 + g];
+    weight[r] = weight_of[0][own_row + r * 8 + g];
+    nearest[r] = nearest_of[0][own_row + r * 8 + g];
     first[r] = ~0ull;
   }
 #pragma unroll
   for (int c = 0; c < 16; c++) {
-    const int j = first_column + own_column + c / 2 * 8 + 2 * t + c % 2;
-    const bool lives = j < n && counts[j] > 0;
-    const float own_norm = lives ? norms[j] : 0.0f, own_weight = lives ? importance[j] : -1.0f;
-    const int own_nearest = lives && remembered ? remembered[j] : -1;
+    const int column = own_column + c / 2 * 8 + 2 * t + c % 2, j = first_column + column;
+    const float own_norm = norm_of[1][column], own_weight = weight_of[1][column];
+    const int own_nearest = nearest_of[1][column];
     unsigned long long first_row_of_column = ~0ull;
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -408,7 +408,7 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
     }
     for (int step = 4; step < 32; step *= 2)
       first_row_of_column = min(first_row_of_column, __shfl_xor_sync(EVERY_LANE, first_row_of_column, step));
-    if (g == 0) atomicMin(&of_columns[2 * (j - first_column) + own_row / 64], first_row_of_column);
+    if (g == 0) atomicMin(&of_columns[2 * column + own_row / 64], first_row_of_column);
   }
 #pragma unroll
   for (int r = 0; r < 4; r++) {
