@@ -196,7 +196,7 @@ def by_torch(torch: Any, batch: int, tokens: int, window: int, kernels: bool) ->
 
     heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
     arrays = [torch.randn(batch, h, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
-    backends.register(subgen_cupy.torch_backend() if kernels else subgen_torch.BACKEND, replace=True)
+    backends.register(subgen_cupy.torch_backend() if kernels else subgen_torch.OWN, replace=True)
     try:
         return whole_sketch(torch.cuda, arrays, window)
     finally:

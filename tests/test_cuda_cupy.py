@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.machinery
+import importlib.util
 import sys
 import types
 from collections.abc import Iterator
@@ -307,6 +309,40 @@ def test_tensors_of_torch_are_computed_on_by_the_same_kernels_on_torchs_stream(
     assert operations["write"] is own["write"]
     assert operations["absorb"] is own["absorb"]
     assert len(streams) == 2
+
+
+def test_cuda_tensors_are_served_by_kernels_where_there_is_cupy(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    import subgen_torch
+    from subgen_torch._kernels import with_kernels
+
+    own = subgen_torch.OWN
+    cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert with_kernels(own) is own
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm
+    assert with_kernels(own) is own
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    chosen = with_kernels(own).operations
+    assert chosen["decode"] is not own.operations["decode"]
+    assert chosen["absorb_blocks"].__doc__ == subgen_cupy.BACKEND.operations["absorb_blocks"].__doc__
+    assert chosen["write"] is own.operations["write"]
+    x = torch.zeros(1, 2, 8)  # on a CPU nothing changes
+    assert torch.equal(chosen["quantize"](x, x.dtype).codes, own.operations["quantize"](x, x.dtype).codes)
+
+
+def test_a_cupy_that_does_not_import_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    import subgen_torch
+    from subgen_torch._kernels import with_kernels
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.warns(RuntimeWarning, match="CuPy is installed but does not import"):
+        assert with_kernels(subgen_torch.OWN) is subgen_torch.OWN
 
 
 def test_launches_aside_are_a_branch_of_the_graph(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,18 @@ def test_blocks_that_match_a_stream_together_decide_as_one_does(lab: Lab, n: int
             np.testing.assert_array_equal(lab.get(mine), lab.get(theirs))
 
 
+def test_tensors_of_torch_are_served_without_being_asked(lab: Lab) -> None:
+    torch = cuda_labs.gpu_for_torch() and pytest.importorskip("torch")
+    import subgen_torch
+
+    assert backends.get("torch") is subgen_torch.BACKEND
+    assert subgen_torch.BACKEND is not subgen_torch.OWN
+    x = torch.randn(2, 400, 64, device="cuda", dtype=torch.bfloat16)
+    sketch = subgen.AttentionSketch(max_clusters=64, window=64)
+    sketch.update(x, x, x)
+    assert sketch.attend(x[:, -1:]).isfinite().all()
+
+
 def test_rows_too_many_or_too_wide_go_to_matrix_products(lab: Lab) -> None:
     rng = np.random.default_rng(4)
     operation = BACKEND.operations["weighted_attention"]

@@ -52,12 +52,12 @@ BACKEND = Backend(
 def torch_backend() -> Backend:
     """Return the backend of torch with these kernels for its CUDA tensors, without copies; elsewhere it is the same.
 
-    Kernels are compiled and launched by CuPy, on torch's current stream.
+    Kernels are compiled and launched by CuPy, on torch's current stream. ``subgen_torch.BACKEND`` is this where CuPy is
+    installed and torch has a CUDA device, and ``subgen_torch.OWN`` what does without.
 
     Returns
     -------
     Backend
-        To be registered: nothing of it is used before.
 
     Raises
     ------
@@ -69,4 +69,6 @@ def torch_backend() -> Backend:
     >>> import subgen, subgen_cupy
     >>> subgen.backends.register(subgen_cupy.torch_backend(), replace=True)  # doctest: +SKIP
     """
-    return _torch.backend_for(BACKEND)
+    import subgen_torch
+
+    return _torch.backend_for(subgen_torch.OWN)

@@ -62,7 +62,7 @@ def _without(operation: str, x: Array) -> Callable[..., Any]:
     if _is_torchs(x):
         import subgen_torch
 
-        return subgen_torch.BACKEND.operations.get(operation, PORTABLE[operation])
+        return subgen_torch.OWN.operations.get(operation, PORTABLE[operation])
     return PORTABLE[operation]
 
 

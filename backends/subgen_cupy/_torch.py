@@ -112,17 +112,16 @@ def device_of(x: Array) -> TorchDevice:
     return TorchDevice(int(x.device.index))
 
 
-def backend_for(kernels: Backend) -> Backend:
-    """Return torch's backend with kernels in the place of its operations where tensors are on a CUDA device."""
-    import subgen_torch
+def backend_for(own: Backend) -> Backend:
+    """Return a backend of torch with kernels in the place of its operations where tensors are on a CUDA device."""
+    from . import BACKEND as kernels  # noqa: N811
 
-    own = subgen_torch.BACKEND.operations
     served = {
-        name: _by_device(kernel, own.get(name, PORTABLE[name]))
+        name: _by_device(kernel, own.operations.get(name, PORTABLE[name]))
         for name, kernel in kernels.operations.items()
         if name != "write"  # no kernel, and torch has rules of its own for tensors of inference mode
     }
-    return Backend("torch", {**own, **served})
+    return Backend("torch", {**own.operations, **served})
 
 
 def _by_device(kernel: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:

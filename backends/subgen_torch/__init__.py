@@ -1,5 +1,7 @@
 """The PyTorch backend: hot operations without autograd graphs or waits for the device.
 
+CUDA tensors are served by the kernels of `subgen_cupy` where CuPy is installed; `OWN` does without.
+
 `subgen_torch.transformers` plugs the sketch into `model.generate` of the transformers library.
 """
 
@@ -10,12 +12,13 @@ from subgen.backends import Backend
 from ._absorbing import absorb, quantize
 from ._attention import sketch_attention, weighted_attention
 from ._decoding import decode
+from ._kernels import with_kernels
 from ._merging import merge_closest
 from ._tail import write
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "OWN"]
 
-BACKEND = Backend(
+OWN = Backend(
     "torch",
     {
         "weighted_attention": weighted_attention,
@@ -27,3 +30,5 @@ BACKEND = Backend(
         "decode": decode,
     },
 )
+
+BACKEND = with_kernels(OWN)

@@ -9,7 +9,7 @@
 // Set by the launcher: PEERS, HELD (tiles of a row that a lane looks after).
 
 constexpr int TILE = 64;  // that of `pair_costs`: two columns a lane
-constexpr int AT_ONCE = 4;  // tiles that are read again before the first is looked at
+constexpr int AT_ONCE = HELD > 2 ? 2 : 4;  // tiles that are read again before the first is looked at
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned char OPEN = 0, KEEPS = 1, GOES = 2;
