@@ -53,7 +53,7 @@ numpydoc_xref_param_type = False
 numpydoc_validation_checks = {"GL01", "GL06", "GL07", "GL08", "SS01", "SS04", "PR01", "PR02", "PR10", "RT05"}
 numpydoc_validation_exclude = {
     # Modules for contributors: a line and the shapes do.
-    r"subgen\.(method|persist|means|merging|metric|mass|leaders|residual|rounding|budget|absorbing|decoding)\.",
+    r"subgen\.(method|persist|means|merging|metric|mass|leaders|residual|rounding|budget|absorbing|blocks|decoding|queries)\.",
     r"subgen\.(tail|paper|state|clustering|sampling|counter|weighted|baselines\.\w+)\.",
     # Results, whose fields stand under "Attributes"; and constants, whose docstring is no attribute of theirs.
     r"subgen\.(plan\.\w+|compare\.Comparison|baselines\.Rival|backends\.Operations|files\.Capture|report\.Report)$",

@@ -300,6 +300,56 @@ def test_a_token_is_written_and_answered_alike_in_every_library(library: Library
     np.testing.assert_allclose(to_numpy(got.outputs), outputs, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("library", LIBRARIES.values(), ids=repr)
+def test_the_query_that_is_kept_is_chosen_scaled_and_rounded(library: Library, group: int) -> None:
+    pytest.importorskip(library.module)
+    rng = np.random.default_rng(group)
+    queries = rng.normal(size=(2, group, 10, 8)).astype(np.float32)
+    given = library.array(queries)
+    ops = backends.operations_for(given)
+    got = ops.query_codes(given, 0.3, 5, given.dtype, ops)
+    for t in range(10):
+        row = queries[:, (5 + t) % group, t] * np.float32(0.3)
+        expected = PORTABLE["quantize"](row[:, None], np.dtype("float32"))
+        np.testing.assert_array_equal(to_numpy(got.codes)[:, t], expected.codes[:, 0])
+        np.testing.assert_allclose(to_numpy(got.scales)[:, t], expected.scales[:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("few", [4, 768])
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("library", LIBRARIES.values(), ids=repr)
+def test_a_long_block_is_what_it_is_token_by_token(
+    library: Library, asked: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a window after the other, with one token over at the end."""
+    pytest.importorskip(library.module)
+    if library.name == "jax" and (few == 768 or not asked):
+        pytest.skip("JAX compiles for every shape")
+    monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", few)
+    calls = []
+    ops = backends.operations_for(library.array(np.zeros(1, np.float32)))
+    counted = replace(ops, absorb_blocks=lambda *given: calls.append(len(given[7])) or ops.absorb_blocks(*given))
+    monkeypatch.setattr(subgen.sketch, "operations_for", lambda x: counted)
+    rng = np.random.default_rng(3)
+    arrays = [library.array(rng.normal(size=(1, heads, 68, 4)).astype(np.float32)) for heads in (4, 2, 2)]
+    states = []
+    for size in (68, 1):
+        sketch = subgen.AttentionSketch(max_clusters=9, window=8, sink=2)
+        for i in range(0, 68, size):
+            q, k, v = (x[:, :, i : i + size, :] for x in arrays)
+            sketch.update(k, v, q if asked else None)
+        states.append(sketch.state)
+    assert calls == [11]  # as soon as there are as many clusters as there will be
+    whole, single = map(subgen.means.clear_room, states)
+    for name in ("n_exact", "n_seen", "asked"):
+        assert getattr(whole, name) == getattr(single, name)
+    for name in ("keys", "values", "counts", "spread", "importance"):
+        np.testing.assert_array_equal(to_numpy(getattr(whole, name)), to_numpy(getattr(single, name)))
+    np.testing.assert_array_equal(to_numpy(whole.queries.codes), to_numpy(single.queries.codes))
+    assert (whole.nearest is None) == (few == 768)
+
+
 @pytest.mark.parametrize("backend", replacing("sketch_attention"), ids=lambda b: b.name)
 @pytest.mark.parametrize("causal", [0, 1, 5])
 @pytest.mark.parametrize("rows", [10, 80])

@@ -183,9 +183,8 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
       unsigned bits, index;
       for (int tile = 0; start && every && tile < tiles; tile++) {
         first_of_tile(read_tile(row, tile), tile, state, mask, bits, index);
-        if (lane == 0) minima[tile] = (unsigned long long)bits << 32 | index;
+        if (lane == tile % 32) minima[tile] = (unsigned long long)bits << 32 | index;  // the lane that reads it
       }
-      __syncwarp();  // minima
       look(row, minima, state, tiles, mask, bits, index);
       if (lane < PEERS) {
         tell(partner + i, lane, (int)index);

@@ -239,7 +239,7 @@ make_points(const float* __restrict__ keys, const float* __restrict__ values, co
     };
     read_chunk(0);
     for (int start = 0; start < key_width; start += CHUNK) {
-      if (start) __syncthreads();  // the chunk before is done with
+      __syncthreads();  // the chunk before is done with
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         key[e] -= offset[e];
@@ -254,7 +254,6 @@ make_points(const float* __restrict__ keys, const float* __restrict__ values, co
       if (metric) add_products<1>(rows + warp / 2 * 16 * STRIDE, columns + warp % 2 * 64 * STRIDE, product);
     }
     if (!metric) break;  // one turn writes all points
-    __syncthreads();  // the last chunk is done with
 #pragma unroll
     for (int c = 0; c < 8; c++)
 #pragma unroll
