@@ -120,7 +120,7 @@ __device__ __forceinline__ float away_from(const float* anchor, const T* key, fl
 }
 
 // `away` is of shape (streams, clusters + window).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 turn_away(const MEAN* __restrict__ held_keys, const ELEMENT* __restrict__ window_keys,
           const float* __restrict__ sums, const float* __restrict__ lengths, long long held_key_step,
           long long key_step, int clusters, int window, int head_dim, float* __restrict__ away) {
