@@ -28,7 +28,9 @@ def blocks(seed: int, rows: int = 3) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("make", [default, paper])
 def test_rows_that_were_taken_continue_as_if_they_had_been_fed_so_from_the_start(library: Library, make: Any) -> None:
-    rows = [2, 0, 2] if library.name == "jax" else [2, 0, 2, 1]  # JAX compiles for every shape
+    if library.name == "jax" and make is paper:
+        pytest.skip("JAX compiles for every shape")
+    rows = [2, 0, 2] if library.name == "jax" else [2, 0, 2, 1]
     first, second = blocks(0), blocks(1, rows=len(rows))
     sketch, expected = make(), make()
     sketch.update(*(library.array(x) for x in (first[1], first[2], first[0])))
