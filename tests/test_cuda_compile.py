@@ -66,8 +66,8 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
             "merge_pairs": 80,
         },
     ),
-    "matching": (matching_module(1, 1), {"match_pairs": 64}),
-    "matching_many": (matching_module(1, 3), {"match_pairs": 64}),
+    "matching": (matching_module(1, 4), {"match_pairs": 64}),
+    "matching_many": (matching_module(1, 1), {"match_pairs": 64}),
 }
 SHARED = {
     "attend_split": 34 << 10,

@@ -11,35 +11,43 @@ from ._launch import MAX_SHARED, Array, Device, Launch, Module, address, ceil_di
 __all__ = ["MERGING", "MOST_CLUSTERS", "match", "matching_module", "merge", "shrink", "ward_costs"]
 
 MERGING = Module("merging.cu")
-# Blocks that match a stream together, where the device has clusters of blocks, and streams up to which they do: with
-# more, every processor has a stream of its own.
-_PEERS, _FEW_STREAMS = 8, 32
+# Blocks that match a stream together, where the device has clusters of blocks; streams up to which they do: with more,
+# every processor has a stream of its own; and clusters from which they do.
+_PEERS, _FEW_STREAMS, _FEW_CLUSTERS = 8, 32, 512
+_GUARDS = 4
 _MEAN_TILE, _MEAN_THREADS = 32, 1024
 _CHUNK = 16
 _POINTS = 64
 _SIDE = 128
-_PAIR_TILE = 64
 _WARPS = 8
 _THREADS = 256
 _MATCH_THREADS = 1024
 
 
-def _match_shared(n: int) -> int:
-    """Bytes that the matching of n clusters keeps in shared memory: state, partner, cost, list."""
-    return _PAIR_TILE * ceil_div(n, _PAIR_TILE) + 10 * n
+def _match_shared(n: int, guards: int) -> int:
+    """Bytes that the matching of n clusters keeps in shared memory: order, guards, names, list."""
+    return 4 * _SIDE * ceil_div(n, _SIDE) + (4 + 2 * guards) * n
 
 
-#: Clusters of a stream, new tokens included, that the matching has room for (with its few static bytes).
-MOST_CLUSTERS = (MAX_SHARED - 256 - _PAIR_TILE) // 11
+# Of the 48 KiB that every device has, what is left beside a few static bytes and columns behind the last cluster.
+_MATCH_ROOM = MAX_SHARED - 256 - 4 * _SIDE
+
+#: Clusters of a stream, new tokens included, that the matching has room for.
+MOST_CLUSTERS = _MATCH_ROOM // 10
 
 
-def matching_module(peers: int, held: int) -> Module:
-    """Return the matching by so many blocks a stream, whose lanes look after so many tiles of a row."""
-    return Module("matching.cu", constants=(("PEERS", peers), ("HELD", held)))
+def _guards(n: int) -> int:
+    """Guards that the matching keeps of each cluster."""
+    return _GUARDS if (8 + 2 * _GUARDS) * n <= _MATCH_ROOM else 1
 
 
-def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: Array) -> tuple[Array, Array]:
-    """Cost of merging each pair, see `subgen.merging.ward_costs`, and the least of each cluster in each tile of others.
+def matching_module(peers: int, guards: int) -> Module:
+    """Return the matching by so many blocks a stream, with so many guards of each cluster."""
+    return Module("matching.cu", constants=(("PEERS", peers), ("GUARDS", guards)))
+
+
+def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: Array) -> Array:
+    """Cost of merging each pair; see `subgen.merging.ward_costs`.
 
     Parameters
     ----------
@@ -51,10 +59,8 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
 
     Returns
     -------
-    costs : float32 array, shape (streams, n, tiles * 64)
-        With their sign set where a pair is not compared; what is behind the n-th is not written.
-    least : int64 array, shape (streams, n, tiles)
-        The bits of the cost, sign included, then in the lower half the index.
+    float32 array, shape (streams, tiles * 128, tiles * 128)
+        With their sign set where a pair is not compared; infinite behind the n-th.
     """
     streams, n, head_dim = means.keys.shape
     value_dim = means.values.shape[-1]
@@ -76,24 +82,24 @@ def ward_costs(device: Device, means: Means, metric: Array | None, value_scale: 
         *(address(device, x) for x in (points, mapped, norms)),
     ]
     device.run(Launch(MERGING, "make_points", streams * ceil_div(n, _POINTS), _THREADS, arguments, joins=True))
-    tiles, squares = ceil_div(n, _PAIR_TILE), ceil_div(n, _SIDE)
-    costs = device.empty((streams, n, tiles * _PAIR_TILE), "float32")
-    least = device.empty((streams, n, tiles), "int64")
+    squares = ceil_div(n, _SIDE)
+    costs = device.empty((streams, squares * _SIDE, squares * _SIDE), "float32")
     mapped_width = key_width + value_width if mapped is None else key_width
     arguments = [
         address(device, points if mapped is None else mapped),
         *(address(device, x) for x in (points, norms, means.counts, means.importance, means.nearest)),
         *(i32(x) for x in (n, key_width, value_width, mapped_width)),
-        *(address(device, x) for x in (costs, least)),
+        address(device, costs),
     ]
     device.run(Launch(MERGING, "pair_costs", streams * (squares * (squares + 1) // 2), _THREADS, arguments))
-    return costs, least
+    return costs
 
 
 def match(
     device: Device,
-    costs: tuple[Array, Array] | None,
+    costs: Array | None,
     counts: Array,
+    importance: Array,
     remembered: Array | None,
     most: int,
     places: int,
@@ -105,9 +111,11 @@ def match(
     Parameters
     ----------
     device : Device
-    costs : (float32 array, int64 array), or None
+    costs : float32 array, or None
         As `ward_costs` gives them. None if ``most`` is at least n: then clusters only close up.
     counts : int32 array, shape (streams, n)
+    importance : float32 array, shape (streams, n)
+        An order in which few rows of costs are read; the result does not depend on it.
     remembered : int32 array, shape (streams, n), or None
         The nearest others that clusters remember; see `subgen.merging.Means`.
     most : int
@@ -127,16 +135,16 @@ def match(
         What the result remembers.
     """
     streams, n = counts.shape
-    of_pairs, least = (None, None) if costs is None else costs
-    peers = _PEERS if device.clusters and streams <= _FEW_STREAMS and n >= _PEERS * _PAIR_TILE else 1
+    peers = _PEERS if device.clusters and streams <= _FEW_STREAMS and n >= _FEW_CLUSTERS else 1
     source, other = device.empty((streams, places), "int32"), device.empty((streams, places), "int32")
     new_nearest = None if remembered is None else device.empty((streams, places), "int32")
     arguments = [
-        *(address(device, x) for x in (of_pairs, counts, least, remembered)),
+        *(address(device, x) for x in (costs, counts, importance, remembered)),
         *(i32(x) for x in (n, most, places, moved.shape[1], first)),
         *(address(device, x) for x in (source, other, new_nearest, moved)),
     ]
-    module, shared = matching_module(peers, ceil_div(n, 32 * _PAIR_TILE)), _match_shared(n)
+    guards = _guards(n)
+    module, shared = matching_module(peers, guards), _match_shared(n, guards)
     device.run(Launch(module, "match_pairs", streams * peers, _MATCH_THREADS, arguments, shared=shared))
     return source, other, new_nearest
 
@@ -203,7 +211,8 @@ def shrink(
         bound -= bound // 2
         last = bound <= most
         left = places if last else max(bound, places)
-        means = merge(device, means, *match(device, costs, means.counts, means.nearest, most, left, moved, first))
+        known = means.counts, means.importance, means.nearest
+        means = merge(device, means, *match(device, costs, *known, most, left, moved, first))
         if last:
             return means, moved
         first = False

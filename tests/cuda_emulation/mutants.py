@@ -82,15 +82,15 @@ def _lead(device: EmulatedDevice) -> list[Any]:
 def _merge(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 3, 90, 40)).astype(np.float32)
-    values = values[..., :24]  # an odd number of chunks in all: the last lies where the minima come
+    values = values[..., :24]  # an odd number of chunks in all
     counts, importance = rng.integers(1, 5, size=(3, 90)).astype(np.int32), rng.random((3, 90)).astype(np.float32)
     spread = rng.random((3, 90, 4)).astype(np.float32)
     means = Means(keys, values, counts, spread, importance)
     scale = np.ones(3, np.float32)
     metric = np.tile(np.diag(np.arange(1, 41, dtype=np.float32)), (3, 1, 1)) + 0.5
     merged, moved = _merging.shrink(device, means, metric, scale, 50, 50)
-    costs, least = _merging.ward_costs(device, means, metric, scale)
-    return [costs[:, :, :90], least, merged.keys, merged.values, merged.counts, merged.spread, merged.importance, moved]
+    costs = _merging.ward_costs(device, means, metric, scale)
+    return [costs, merged.keys, merged.values, merged.counts, merged.spread, merged.importance, moved]
 
 
 def _remember(device: EmulatedDevice) -> list[Any]:
@@ -109,7 +109,12 @@ def _remember(device: EmulatedDevice) -> list[Any]:
 
 
 def _merge_all(device: EmulatedDevice) -> list[Any]:
-    return [*_merge(device), *_remember(device)]
+    """Also costs of more than one tile of pairs."""
+    rng = np.random.default_rng(1)
+    keys, counts = rng.normal(size=(1, 140, 8)).astype(np.float32), np.ones((1, 140), np.int32)
+    means = Means(keys, keys, counts, np.zeros((1, 140, 4), np.float32), np.ones((1, 140), np.float32))
+    costs = _merging.ward_costs(device, means, None, np.ones(1, np.float32))
+    return [costs, *_merge(device), *_remember(device)]
 
 
 def _match(device: EmulatedDevice) -> list[Any]:
@@ -124,7 +129,14 @@ def _match(device: EmulatedDevice) -> list[Any]:
     nearest[1] = (np.arange(150) + 7) % 150
     means = Means(keys, values, counts, np.zeros((3, 150, 4), np.float32), importance, nearest=nearest)
     merged, moved = _merging.shrink(device, means, None, np.ones(3, np.float32), 90, 90)
-    return [*_remember(device), merged.counts, merged.nearest, moved]
+    # Costs that are all equal, whoever speaks for a pair; one cluster has nobody.
+    costs = np.ones((1, 128, 128), np.float32)
+    index = np.arange(120)
+    costs[:, index, index[::-1]] = 0.0
+    costs[:, index, index] = costs[:, 7] = costs[:, :, 7] = np.inf
+    known = np.ones((1, 120), np.int32), rng.random((1, 120)).astype(np.float32), np.full((1, 120), -1, np.int32)
+    matched = _merging.match(device, costs, *known, 100, 120, np.zeros((1, 120), np.int64), True)
+    return [*_remember(device), merged.counts, merged.nearest, moved, *matched]
 
 
 def _absorb(device: EmulatedDevice) -> list[Any]:
@@ -147,7 +159,7 @@ def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
     yield _decoding.decoding_module("float16", "float16"), _decode
     yield _leaders.leaders_module("float32"), _lead
     yield _merging.MERGING, _merge
-    yield _merging.matching_module(1, 1), _match
+    yield _merging.matching_module(1, 4), _match
 
 
 #: By file, something that runs its kernels, and statements with what they must not be.
@@ -174,34 +186,39 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
     ]),
     "merging.cu": (_merge_all, [
         # Which pairs are compared.
-        ("nearest[r] != j && own_nearest != i", "nearest[r] != j"),
-        ("nearest[r] != j && own_nearest != i", "true"),
-        ("nearest[r] >= 0 && own_nearest >= 0", "nearest[r] >= 0"),
+        ("own_nearest != j && nearest != i", "own_nearest != j"),
+        ("own_nearest != j && nearest != i", "true"),
+        ("own_nearest >= 0 && nearest >= 0", "own_nearest >= 0"),
         # The costs of a tile and of its mirror image.
-        ("diagonal && i > j", "false"),
-        ("diagonal ? min(of_rows[k], of_columns[k]) : of_rows[k]", "of_rows[k]"),
-        ("costs[(long long)j * line + i] = cost;", ";"),
+        ("apart + (c / 2 - r) * 8 + c % 2 >= 0", "true"),
+        ("apart + (c / 2 - r) * 8 + c % 2 == 0", "false"),
+        ("*down = *cost;\n      } else", "} else"),
+        ("if (c % 2 == 0) *reinterpret_cast<float2*>(across)", "if (r) *reinterpret_cast<float2*>(across)"),
     ]),
     "matching.cu": (_match, [
         ("every ? 0x7fffffffu : 0xffffffffu", "0x7fffffffu"),
         ("every ? 0x7fffffffu : 0xffffffffu", "0xffffffffu"),
         ("(found >> 16) < 2 * surplus - 1", "(found >> 16) < surplus"),
-        ("start && every && tile < tiles", "false"),
-        # A least cost of a tile that is taken is a bound, and no more.
-        ("&& state[index[h]] == OPEN", ""),
-        ("bits[h] < NOBODY && !exact[h] && less(bits[h], index[h], best, best_index)", "false"),
-        ("exact[h] = found < NOBODY;", ";"),
-        ("least[tile[q]] = (unsigned long long)found", "least[tile[q]] = (unsigned long long)best"),
-        ("states & 0xff ? NOBODY : ", ""),
-        ("states >> 8 ? NOBODY : ", ""),
-        ("column + (right < left)", "column + (right <= left)"),
-        ("start || (cost[i] < infinity() && state[partner[i]] != OPEN)", "start"),
+        # Who speaks for a pair, and who guards against it.
+        ("place > own && cost < bits", "cost < bits"),
+        ("(unsigned)place < own && cost", "cost"),
+        ("cost < bits + (column < index)", "cost < bits"),
+        ("all > 0 && lane >= all && lane < GUARDS", "false"),
+        ("below = ANYONE;", ";"),
+        ("than = i;", ";"),
+        ("side ? turn | (int)nearest : NAMES | (int)nearest", "turn | (int)nearest"),
+        ("named != GUARDED && order[named & INDEX] < 0", "false"),
+        ("guard != NONE && order[guard] >= 0", "guard != NONE"),
+        ("start || must_look(i, order, names, guards)", "start"),
+        # The cheapest, if there are more than must merge.
+        ("cheap[q] < cheap[p] || ", ""),
+        ("min((int)list[q], names[list[q]] & INDEX) < min(i, j)", "list[q] < i"),
+        ("& (int)mask);", ");"),
+        ("names[j] = (Place)i;", ";"),
         # What the result remembers.
-        ("surplus == 0 && !remembered", "surplus == 0"),
-        ("chooses && state[i] == OPEN && cost[i] == infinity()", "false"),
-        ("partner[i] = remembered[stream * n + i];", "partner[i] = -1;"),
-        ("state[i] == OPEN && partner[i] >= 0", "partner[i] >= 0"),
-        ("? place_of(partner[i]) : -1", "? partner[i] : -1"),
+        ("bits < NOBODY ? (int)index : NONE", "(int)index"),
+        ("!chooses ? remembered[i] : ", ""),
+        ("known < 0 ? -1 : place_of(known)", "known"),
     ]),
 }  # fmt: skip
 

@@ -1,19 +1,31 @@
 // Rounds of mutual nearest neighbours: which clusters merge. Costs: merging.cu.
 //
 // A stream is matched by a block of threads, or, from compute capability 9.0 on, by PEERS blocks that write into each
-// other's shared memory: each looks for the nearest others of its share of the clusters, and all take the same decisions.
-// Costs stay as they are, so a nearest other is looked for again only where it was taken; and of each tile of others the
-// least cost is known. If it was taken, it still bounds what is left of the tile from below. So a tile is read again
-// only if that bound is less than what is found without it.
+// other's shared memory: each looks after a share of the clusters, and all take the same decisions.
 //
-// Set by the launcher: PEERS, HELD (tiles of a row that a lane looks after).
+// In many data few clusters, light ones, are nearest to nearly all others, and whenever one of them is taken hundreds
+// have lost their nearest. Most need not know the next. Clusters stand in an order, by importance; of a pair, the one that
+// comes first speaks for it. If a cluster has an open one before it that is nearer than all open ones after it, it has no
+// mutual neighbour to speak for, and as costs stay as they are, that holds while the nearer one is open: its guard. A few
+// guards are kept of each, the dearest, which are taken last. Only a cluster that has none names its nearest, which is
+// behind it, and they are a pair unless that one has a nearer other: a guard again. So a row of costs is read again only
+// when all guards were taken, or whom it names.
+//
+// Set by the launcher: PEERS, GUARDS (kept of each cluster).
 
-constexpr int TILE = 64;  // that of `pair_costs`: two columns a lane
-constexpr int AT_ONCE = HELD > 2 ? 2 : 4;  // tiles that are read again before the first is looked at
+constexpr int CHUNK = 128;    // columns that a warp reads at once, four a lane: rows are whole chunks
+constexpr int AT_ONCE = 4;    // chunks that are on their way
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
-constexpr unsigned char OPEN = 0, KEEPS = 1, GOES = 2;
 constexpr unsigned NOBODY = 0x7f800000u;  // the bits of an infinite cost; those of a pair that is not compared are beyond
+constexpr unsigned ANYONE = 0x80000000u;  // beyond the order of all that are open
+constexpr int KEEPS = -1, GOES = -2, EMPTY = -3;  // instead of their place in the order, of those that are not open
+// Of a cluster: whom it names, with NAMES; of a pair, in which round it was found, by turns; that it has guards of its own;
+// that nobody is left for it.
+constexpr int INDEX = 0x1fff, TURN = 0x4000, NAMES = 0x8000, GUARDED = 0xffff, ALONE = 0xfffe;
+constexpr unsigned short NONE = 0xffff;
+
+typedef unsigned short Place;
 
 #if PEERS > 1
 #define TOGETHER __cluster_dims__(PEERS)
@@ -25,98 +37,87 @@ constexpr unsigned NOBODY = 0x7f800000u;  // the bits of an infinite cost; those
 #define ALL_PEERS(barrier) barrier
 #endif
 
-// Writes a word into the shared memory of a peer.
-__device__ __forceinline__ void tell(void* place, int peer, int word) {
+// Writes into the shared memory of a peer.
+__device__ __forceinline__ void tell(Place* place, int peer, int word) {
 #if PEERS > 1
   const unsigned own = (unsigned)__cvta_generic_to_shared(place);
   unsigned theirs;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(own), "r"(peer));
-  asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(theirs), "r"(word) : "memory");
+  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(theirs), "h"((Place)word) : "memory");
 #else
-  *reinterpret_cast<int*>(place) = word;
+  *place = (Place)word;
 #endif
 }
 
-// Two columns of a tile for each lane; rows are whole tiles.
-__device__ __forceinline__ float2 read_tile(const float* row, int tile) {
-  return *reinterpret_cast<const float2*>(row + tile * TILE + 2 * (threadIdx.x % 32));
+// Gives the bits of each cost of a row, the order of the cluster and its index; a lane's in their order.
+template <class Take>
+__device__ __forceinline__ void each_cost(const float* row, const int* order, int line, unsigned mask, Take take) {
+  const int own = threadIdx.x % 32 * 4;
+  row += own;
+  order += own;
+#pragma unroll 1
+  for (int start = 0; start < line; start += AT_ONCE * CHUNK) {
+    float4 costs[AT_ONCE];
+#pragma unroll
+    for (int q = 0; q < AT_ONCE; q++)
+      if (start + q * CHUNK < line) costs[q] = *reinterpret_cast<const float4*>(row + start + q * CHUNK);
+#pragma unroll
+    for (int q = 0; q < AT_ONCE; q++) {
+      const int chunk = start + q * CHUNK, column = chunk + own;
+      if (chunk >= line) break;
+      const int4 place = *reinterpret_cast<const int4*>(order + chunk);
+      take((unsigned)__float_as_int(costs[q].x) & mask, place.x, column);
+      take((unsigned)__float_as_int(costs[q].y) & mask, place.y, column + 1);
+      take((unsigned)__float_as_int(costs[q].z) & mask, place.z, column + 2);
+      take((unsigned)__float_as_int(costs[q].w) & mask, place.w, column + 3);
+    }
+  }
 }
 
-// The first of the least costs of a tile, of columns that are open. The bits of the mask count.
-__device__ __forceinline__ void first_of_tile(float2 costs, int tile, const unsigned char* state, unsigned mask,
-                                              unsigned& bits, unsigned& index) {
-  const int column = tile * TILE + 2 * (threadIdx.x % 32);
-  const unsigned states = *reinterpret_cast<const unsigned short*>(state + column);
-  const unsigned left = states & 0xff ? NOBODY : (unsigned)__float_as_int(costs.x) & mask;
-  const unsigned right = states >> 8 ? NOBODY : (unsigned)__float_as_int(costs.y) & mask;
-  bits = min(left, right);
-  index = column + (right < left);
+// The first of the least costs to open clusters behind a place in the order, by a warp.
+__device__ __forceinline__ void first_behind(const float* row, const int* order, int own, int line, unsigned mask,
+                                             unsigned& bits, unsigned& index) {
+  bits = NOBODY;
+  index = 0;
+  each_cost(row, order, line, mask, [&](unsigned cost, int place, int column) {
+    if (place > own && cost < bits) {
+      bits = cost;
+      index = (unsigned)column;
+    }
+  });
   warp_first(bits, index);
 }
 
-__device__ __forceinline__ bool less(unsigned bits, unsigned index, unsigned than_bits, unsigned than_index) {
-  return bits < than_bits || (bits == than_bits && index < than_index);
+// Open clusters of a row that come before `own` in the order and are nearer than a cost and an index, one of each lane,
+// the dearest: as many as are kept. Whether there are any; by a warp.
+__device__ __forceinline__ bool find_guards(const float* row, const int* order, unsigned own, unsigned bits,
+                                            int index, int line, unsigned mask, Place* guards) {
+  unsigned dearest = 0, found = NONE;
+  each_cost(row, order, line, mask, [&](unsigned cost, int place, int column) {
+    if ((unsigned)place < own && cost < bits + (column < index) && cost >= dearest) {
+      dearest = cost;
+      found = (unsigned)column;
+    }
+  });
+  const int lane = threadIdx.x % 32;
+  const unsigned have = __ballot_sync(EVERY_LANE, found != NONE);
+  const int before = __popc(have & ((1u << lane) - 1)), all = __popc(have);
+  if (found != NONE && before < GUARDS) guards[before] = (Place)found;
+  if (all > 0 && lane >= all && lane < GUARDS) guards[lane] = NONE;
+  return all > 0;
 }
 
-// The nearest open other of a cluster, by a warp.
-__device__ __forceinline__ void look(const float* row, unsigned long long* least, const unsigned char* state, int tiles,
-                                     unsigned mask, unsigned& best, unsigned& best_index) {
-  const int lane = threadIdx.x % 32;
-  unsigned bits[HELD], index[HELD];
-  bool exact[HELD];
+// Whether a cluster may have become one of a pair that it speaks for.
+__device__ __forceinline__ bool must_look(int i, const int* order, const Place* names, const Place* guards) {
+  const int named = names[i];
+  if (named == ALONE) return false;
+  if (named != GUARDED && order[named & INDEX] < 0) return true;
 #pragma unroll
-  for (int h = 0; h < HELD; h++) {
-    bits[h] = NOBODY;
-    index[h] = 0;
-    if (h * 32 + lane < tiles) {
-      const unsigned long long known = least[h * 32 + lane];
-      bits[h] = (unsigned)(known >> 32);
-      index[h] = (unsigned)known;
-    }
-    exact[h] = bits[h] < NOBODY && state[index[h]] == OPEN;
+  for (int q = 0; q < GUARDS; q++) {
+    const Place guard = guards[i * GUARDS + q];
+    if (guard != NONE && order[guard] >= 0) return false;
   }
-  const auto find_best = [&]() {
-    best = NOBODY;
-    best_index = 0;
-#pragma unroll
-    for (int h = 0; h < HELD; h++)
-      if (exact[h] && less(bits[h], index[h], best, best_index)) {
-        best = bits[h];
-        best_index = index[h];
-      }
-    warp_first(best, best_index);
-  };
-  find_best();
-  // Tiles that may hide a nearer one are read again, several at a time.
-#pragma unroll
-  for (int h = 0; h < HELD; h++) {
-    if (h * 32 >= tiles) break;
-    unsigned hiding =
-        __ballot_sync(EVERY_LANE, bits[h] < NOBODY && !exact[h] && less(bits[h], index[h], best, best_index));
-    while (hiding) {
-      int tile[AT_ONCE];
-      float2 costs[AT_ONCE];
-#pragma unroll
-      for (int q = 0; q < AT_ONCE; q++) {
-        tile[q] = hiding ? h * 32 + __ffs((int)hiding) - 1 : -1;
-        hiding &= hiding - 1;
-        if (tile[q] >= 0) costs[q] = read_tile(row, tile[q]);
-      }
-#pragma unroll
-      for (int q = 0; q < AT_ONCE; q++) {
-        if (tile[q] < 0) break;
-        unsigned found, found_index;
-        first_of_tile(costs[q], tile[q], state, mask, found, found_index);
-        if (h * 32 + lane == tile[q]) {
-          bits[h] = found;
-          index[h] = found_index;
-          exact[h] = found < NOBODY;
-          least[tile[q]] = (unsigned long long)found << 32 | found_index;
-        }
-      }
-    }
-  }
-  find_best();
+  return true;
 }
 
 // Chooses pairs until the surplus over `most` is used or none is left, and says where every cluster goes: place p of
@@ -127,110 +128,129 @@ __device__ __forceinline__ void look(const float* row, unsigned long long* least
 // what they remember. In a stream with fewer new clusters than two less one for each of the surplus all are compared: a
 // matching halves what there is if it must, whatever is remembered, so that the host knows how many passes there are.
 extern "C" __global__ void TOGETHER __launch_bounds__(THREADS, 1)
-match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, unsigned long long* least,
+match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, const float* __restrict__ importance,
             const int* __restrict__ remembered, int n, int most, int places, int given, int first_pass,
             int* __restrict__ source, int* __restrict__ other, int* __restrict__ new_nearest,
             long long* __restrict__ moved) {
-  extern __shared__ int dynamic[];
-  unsigned char* state = reinterpret_cast<unsigned char*>(dynamic);  // whole tiles
-  const int tiles = (n + TILE - 1) / TILE;
-  int* partner = dynamic + tiles * TILE / 4;                                  // n
-  float* cost = reinterpret_cast<float*>(partner + n);                        // n
-  unsigned short* list = reinterpret_cast<unsigned short*>(partner + 2 * n);  // n
+  extern __shared__ int4 dynamic[];
+  const int line = (n + CHUNK - 1) / CHUNK * CHUNK;
+  int* order = reinterpret_cast<int*>(dynamic);            // line; of those that are open
+  Place* guards = reinterpret_cast<Place*>(order + line);  // n x GUARDS
+  Place* names = guards + n * GUARDS;                      // n
+  Place* list = names + n;                                 // n
   __shared__ int found, looking;
   __shared__ int before[WARPS];
   const long long stream = blockIdx.x / PEERS;
   const int peer = blockIdx.x % PEERS;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  costs += stream * n * tiles * TILE;
-  least += stream * n * tiles;
+  costs += stream * line * line;
   counts += stream * n;
+  importance += stream * n;
+  remembered += remembered ? stream * n : 0;
   moved += stream * given;
 
-  if (thread == 0) found = 0;
-  __syncthreads();  // found
+  if (thread == 0) found = looking = 0;
+  __syncthreads();  // found, looking
   // Of the clusters, those that live, and in the upper half those of them that are new.
   int live = 0;
-  for (int i = thread; i < n; i += THREADS)
-    if (counts[i] > 0) live += remembered && remembered[stream * n + i] < 0 ? 0x10001 : 1;
+  for (int i = thread; i < line; i += THREADS) {
+    const bool lives = i < n && counts[i] > 0;
+    if (lives) live += remembered && remembered[i] < 0 ? 0x10001 : 1;
+    order[i] = lives ? (__float_as_int(importance[i]) & 0x7fffffff & ~INDEX) | i : EMPTY;
+    if (i < n) names[i] = GUARDED;
+  }
   live = warp_sum(live);
   if (lane == 0) atomicAdd(&found, live);
-  __syncthreads();  // found
+  ALL_PEERS(__syncthreads());  // found, order, names; all peers are there
   live = found & 0xffff;
   int surplus = live - most;
   const bool chooses = surplus > 0;
   // Whether pairs count that are not compared: their sign does not, then.
   const bool every = chooses && remembered && (found >> 16) < 2 * surplus - 1;
   const unsigned mask = every ? 0x7fffffffu : 0xffffffffu;
-  for (int i = thread; i < tiles * TILE; i += THREADS) {
-    if (i < n && !chooses && remembered) partner[i] = remembered[stream * n + i];
-    state[i] = i < n ? OPEN : GOES;
-  }
-  if (thread == 0) looking = 0;
-  ALL_PEERS(__syncthreads());  // partner, state, looking; everyone has read found
 
   bool start = true;
+  int turn = 0;
   while (chooses) {
     // Of this block's share, those that must look.
     for (int i = thread * PEERS + peer; i < n; i += THREADS * PEERS)
-      if (state[i] == OPEN && (start || (cost[i] < infinity() && state[partner[i]] != OPEN)))
-        list[atomicAdd(&looking, 1)] = (unsigned short)i;
+      if (order[i] >= 0 && (start || must_look(i, order, names, guards))) list[atomicAdd(&looking, 1)] = (Place)i;
     __syncthreads();  // list, looking
     for (int k = warp; k < looking; k += WARPS) {
       const int i = list[k];
-      const float* row = costs + (long long)i * tiles * TILE;
-      unsigned long long* minima = least + (long long)i * tiles;
-      unsigned bits, index;
-      for (int tile = 0; start && every && tile < tiles; tile++) {
-        first_of_tile(read_tile(row, tile), tile, state, mask, bits, index);
-        if (lane == tile % 32) minima[tile] = (unsigned long long)bits << 32 | index;  // the lane that reads it
+      const float* row = costs + (long long)i * line;
+      unsigned bits, nearest;
+      first_behind(row, order, order[i], line, mask, bits, nearest);
+      // In its own row those before it, then, in the row of whom it would name, any.
+      unsigned below = (unsigned)order[i];
+      int than = (int)nearest;
+      int named = GUARDED;
+#pragma unroll 1
+      for (int side = 0; side < 2; side++) {
+        if (find_guards(row, order, below, bits, than, line, mask, guards + i * GUARDS)) break;
+        named = bits == NOBODY ? ALONE : side ? turn | (int)nearest : NAMES | (int)nearest;
+        if (bits == NOBODY) break;
+        row = costs + (long long)nearest * line;
+        below = ANYONE;
+        than = i;
       }
-      look(row, minima, state, tiles, mask, bits, index);
-      if (lane < PEERS) {
-        tell(partner + i, lane, (int)index);
-        tell(cost + i, lane, (int)min(bits, NOBODY));
-      }
+      if (named & NAMES ? lane == peer : lane < PEERS) tell(names + i, lane, named);
     }
     start = false;
     if (thread == 0) found = 0;
-    ALL_PEERS(__syncthreads());  // partner, cost, found; everyone has read list and looking
-    if (surplus == 0) break;
+    ALL_PEERS(__syncthreads());  // names, guards, found; everyone has read list and looking
     if (thread == 0) looking = 0;
+    // A peer may be in the next turn already, and tell of pairs of that.
     for (int i = thread; i < n; i += THREADS)
-      if (state[i] == OPEN && cost[i] < infinity() && i < partner[i] && partner[partner[i]] == i)
-        list[atomicAdd(&found, 1)] = (unsigned short)i;
-    __syncthreads();  // list, found
+      if (order[i] >= 0 && (names[i] & ~INDEX) == turn) list[atomicAdd(&found, 1)] = (Place)i;
+    __syncthreads();  // list, found, looking
     const int candidates = found;
     if (!candidates) break;
+    float* cheap = reinterpret_cast<float*>(guards);  // the last pairs: guards are done with
+    if (candidates > surplus) {
+      for (int p = thread; p < candidates; p += THREADS)
+        cheap[p] = __int_as_float(__float_as_int(costs[(long long)list[p] * line + (names[list[p]] & INDEX)]) & (int)mask);
+      __syncthreads();  // cheap
+    }
     for (int p = thread; p < candidates; p += THREADS) {
-      const int i = list[p];
+      const int i = list[p], j = names[i] & INDEX;
       int rank = 0;
-      // The cheapest, as many as the surplus; of equal ones the first.
+      // The cheapest, as many as the surplus; of equal ones that whose first cluster comes first.
       if (candidates > surplus)
-        for (int q = 0; q < candidates; q++) {
-          const int k = list[q];
-          rank += cost[k] < cost[i] || (cost[k] == cost[i] && k < i);
-        }
+        for (int q = 0; q < candidates; q++)
+          rank += cheap[q] < cheap[p] || (cheap[q] == cheap[p] && min((int)list[q], names[list[q]] & INDEX) < min(i, j));
       if (rank < surplus) {
-        state[i] = KEEPS;
-        state[partner[i]] = GOES;
+        order[min(i, j)] = KEEPS;
+        order[max(i, j)] = GOES;
+        names[j] = (Place)i;
       }
     }
     surplus -= min(candidates, surplus);
-    ALL_PEERS(__syncthreads());  // state; everyone has read found, list, partner and cost
-    if (surplus == 0 && !remembered) break;  // or those that are left look for their nearest others
+    turn ^= TURN;
+    __syncthreads();  // order, names; everyone has read found, list and cheap
+    if (surplus == 0) break;
+  }
+
+  // What the result remembers: of those that are left the nearest others.
+  Place* nearest = guards;  // n, of the first peer; guards are done with
+  if (chooses && remembered) {
+    ALL_PEERS();  // the first peer has read cheap
+    for (int i = warp * PEERS + peer; i < n; i += WARPS * PEERS) {
+      if (order[i] < 0) continue;
+      unsigned bits, index;
+      first_behind(costs + (long long)i * line, order, -1, line, mask, bits, index);
+      if (lane == 0) tell(nearest + i, 0, bits < NOBODY ? (int)index : NONE);
+    }
+    ALL_PEERS();  // nearest
   }
   if (peer) return;
 
   // Places of the clusters: those that live to the front, in their order.
-  int* ahead = reinterpret_cast<int*>(cost);  // of each cluster, those that live before it; costs are done with
+  Place* ahead = list;  // of each cluster, those that live before it
   const int share = (n + THREADS - 1) / THREADS;
   const int begin = min(n, thread * share), end = min(n, begin + share);
   int own = 0;
-  for (int i = begin; i < end; i++) {
-    own += counts[i] > 0 && state[i] != GOES;
-    if (chooses && state[i] == OPEN && cost[i] == infinity()) partner[i] = -1;
-  }
+  for (int i = begin; i < end; i++) own += order[i] >= KEEPS;
   int upto = own;
   for (int step = 1; step < 32; step *= 2) {
     const int left = __shfl_up_sync(EVERY_LANE, upto, step);
@@ -244,19 +264,19 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
     all += before[w];
   }
   for (int i = begin; i < end; i++) {
-    const bool lives = counts[i] > 0 && state[i] != GOES;
+    const bool lives = order[i] >= KEEPS;
     const int to = lives ? place : all + i - place;
-    ahead[i] = place;
+    ahead[i] = (Place)place;
     place += lives;
     if (to >= places) continue;
     source[stream * places + to] = i;
-    other[stream * places + to] = !lives ? -2 : state[i] == KEEPS ? partner[i] : -1;
+    other[stream * places + to] = !lives ? -2 : order[i] == KEEPS ? names[i] & INDEX : -1;
   }
   __syncthreads();  // ahead
   for (int i = thread; i < given; i += THREADS) {
     const long long at = first_pass ? i : moved[i];
     if (first_pass ? counts[i] > 0 : at < live) {
-      moved[i] = ahead[state[at] == GOES ? partner[at] : at];
+      moved[i] = ahead[order[at] == GOES ? names[at] & INDEX : at];
     } else {
       // A free place goes behind the clusters, as far as it was. After a pass it stood behind `live` and i - passed
       // others, so `passed` clusters were before it.
@@ -265,9 +285,11 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, uns
     }
   }
   if (!remembered) return;
-  const auto place_of = [&](int i) { return counts[i] > 0 && state[i] != GOES ? ahead[i] : all + i - ahead[i]; };
+  const auto place_of = [&](int i) { return order[i] >= KEEPS ? ahead[i] : all + i - ahead[i]; };
   for (int i = thread; i < n; i += THREADS) {
-    const int to = place_of(i), found_for = state[i] == OPEN && partner[i] >= 0 ? place_of(partner[i]) : -1;
-    if (to < places) new_nearest[stream * places + to] = found_for;
+    const int to = place_of(i);
+    int known = -1;
+    if (order[i] >= 0) known = !chooses ? remembered[i] : nearest[i] == NONE ? -1 : nearest[i];
+    if (to < places) new_nearest[stream * places + to] = known < 0 ? -1 : place_of(known);
   }
 }

@@ -2,8 +2,8 @@
 //
 // `weighted_mean`, `make_points`: keys and values as points, so that the cost of a pair is a distance of points; and the
 //     keys of the points times the metric.
-// `pair_costs`: Ward's cost of each pair from the product of mapped points and points, and of each cluster the least in
-//     every tile of others. CuPy has matrix products too, but refuses them while a graph is recorded.
+// `pair_costs`: Ward's cost of each pair from the product of mapped points and points. CuPy has matrix products too, but
+//     refuses them while a graph is recorded.
 // `merge_pairs`: writes the merged clusters, those that live first, in their order. Which: matching.cu.
 //
 // Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero.
@@ -28,8 +28,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int MEAN_TILE = 32;
 constexpr int MEAN_WARPS = 32;
 constexpr int CHUNK = 16;
-constexpr int PAIR_TILE = 64;   // columns whose least cost is known: two a lane
-constexpr int SIDE = 128;       // clusters of a tile of pairs, and columns of a turn of `make_points`
+constexpr int SIDE = 128;       // clusters of a tile of pairs, and columns of a turn of `make_points`; rows are whole tiles
 constexpr int POINTS = 64;      // clusters of a block of `make_points`
 // Halves of a row in shared memory: high and low parts, and room, so that eight rows share no bank.
 constexpr int STRIDE = 2 * CHUNK + 8;
@@ -301,18 +300,32 @@ __device__ __forceinline__ void wait() {
 #endif
 }
 
+// a b / (a + b), of numbers up to 2^126; of none, none. As by a division that rounds to nearest, but without its detour for
+// numbers so small that their product is zero, or infinite.
+__device__ __forceinline__ float share(float a, float b) {
+  const float product = a * b, sum = fmaxf(a + b, 7.888609e-31f);
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
+  inverse = fmaf(fmaf(-sum, inverse, 1.0f), inverse, inverse);
+  float quotient = product * inverse;
+  quotient = fmaf(fmaf(-sum, quotient, product), inverse, quotient);
+  return fmaf(fmaf(-sum, quotient, product), inverse, quotient);
+#else
+  return product / sum;
+#endif
+}
+
 // A block takes a tile of pairs on or above the diagonal and writes its mirror image too: costs are symmetric to the
-// last bit, as mutual neighbours need. Of each cluster and each tile of others the least cost, packed: its bits, then the
-// index, so that the least of these integers is the first of the least costs.
+// last bit, as mutual neighbours need.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, const float* __restrict__ norms,
            const int* __restrict__ counts, const float* __restrict__ importance, const int* __restrict__ remembered,
-           int n, int key_width, int value_width, int mapped_width, float* __restrict__ costs,
-           unsigned long long* __restrict__ least) {
+           int n, int key_width, int value_width, int mapped_width, float* __restrict__ costs) {
   constexpr int BATCH = 2 * SIDE * STRIDE;
-  __shared__ __align__(16) Half shared[2 * BATCH];  // two batches of rows and columns; then minima
+  __shared__ __align__(16) Half shared[2 * BATCH];  // two batches of rows and columns
   const int squares = (n + SIDE - 1) / SIDE, pairs = squares * (squares + 1) / 2;
-  const int tiles = (n + PAIR_TILE - 1) / PAIR_TILE;
+  const int line = squares * SIDE;
   const long long stream = blockIdx.x / pairs;
   int tile_row = 0, tile_column = blockIdx.x % pairs;
   while (tile_column >= squares - tile_row) tile_column -= squares - tile_row++;
@@ -325,8 +338,7 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
   counts += stream * n;
   importance += stream * n;
   if (remembered) remembered += stream * n;
-  costs += stream * n * tiles * PAIR_TILE;
-  least += stream * n * tiles;
+  costs += stream * line * line;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int own_row = warp / 2 * 32, own_column = warp % 2 * 64;  // of the tile, this warp's eighth
 
@@ -343,16 +355,14 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
       fetch(to + (SIDE + r) * STRIDE + part, points + column * 2 * width + 2 * start + part);
     }
   };
-  // Of each row and of each column: its norm, its importance, which is negative where nothing lives, and whom it
-  // remembers.
-  __shared__ float norm_of[2][SIDE], weight_of[2][SIDE];
-  __shared__ int nearest_of[2][SIDE];
+  // Of each row and of each column: its norm, its importance, what is infinite where nothing lives, and whom it remembers.
+  __shared__ float4 of_rows[SIDE], of_columns[SIDE];
   {
     const int k = threadIdx.x % SIDE, side = threadIdx.x / SIDE, i = (side ? first_column : first_row) + k;
     const bool lives = i < n && counts[i] > 0;
-    norm_of[side][k] = lives ? norms[i] : 0.0f;
-    weight_of[side][k] = lives ? importance[i] : -1.0f;
-    nearest_of[side][k] = lives && remembered ? remembered[i] : -1;
+    const int nearest = lives && remembered ? remembered[i] : -1;
+    (side ? of_columns : of_rows)[k] = make_float4(lives ? norms[i] : 0.0f, lives ? importance[i] : 0.0f,
+                                                   lives ? 0.0f : infinity(), __int_as_float(nearest));
   }
   float product[2][8][4] = {};
   fetch_chunk(0);
@@ -363,66 +373,45 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
     const Half* batch = shared + start / CHUNK % 2 * BATCH;
     add_products<2>(batch + own_row * STRIDE, batch + (SIDE + own_column) * STRIDE, product);
   }
-  __syncthreads();  // the last batch is done with
-
-  // Of each row and of each column of the tile the least cost in either half of the others.
-  unsigned long long* of_rows = reinterpret_cast<unsigned long long*>(shared);  // SIDE x 2
-  unsigned long long* of_columns = of_rows + 2 * SIDE;                          // SIDE x 2
-  for (int k = threadIdx.x; k < 4 * SIDE; k += THREADS) of_rows[k] = ~0ull;
-  __syncthreads();  // of_rows, of_columns
   const bool diagonal = tile_row == tile_column;
-  const int line = tiles * PAIR_TILE;
-  float norm[4], weight[4];
-  int nearest[4];
-  unsigned long long first[4];
+  // A column less its row, of the first pair of this thread; beyond any where there is no diagonal.
+  const int apart = diagonal ? own_column + 2 * t - own_row - g : SIDE;
+  float4 row[4];
 #pragma unroll
-  for (int r = 0; r < 4; r++) {
-    norm[r] = norm_of[0][own_row + r * 8 + g];
-    weight[r] = weight_of[0][own_row + r * 8 + g];
-    nearest[r] = nearest_of[0][own_row + r * 8 + g];
-    first[r] = ~0ull;
-  }
+  for (int r = 0; r < 4; r++) row[r] = of_rows[own_row + r * 8 + g];
 #pragma unroll
   for (int c = 0; c < 16; c++) {
-    const int column = own_column + c / 2 * 8 + 2 * t + c % 2, j = first_column + column;
-    const float own_norm = norm_of[1][column], own_weight = weight_of[1][column];
-    const int own_nearest = nearest_of[1][column];
-    unsigned long long first_row_of_column = ~0ull;
+    const int place = own_column + c / 2 * 8 + 2 * t + c % 2;
+    const float4 column = of_columns[place];
+    const int nearest = __float_as_int(column.w), j = first_column + place;
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-      const int i = first_row + own_row + r * 8 + g;
-      const float squared = norm[r] + own_norm - 2.0f * product[r / 2][c / 2][2 * (r % 2) + c % 2];
-      const float sum = weight[r] + own_weight;
-      const float factor = weight[r] * own_weight / (sum > 0.0f ? sum : 1.0f);
+      float& cost = product[r / 2][c / 2][2 * (r % 2) + c % 2];
       // No cost is infinite but where nothing may merge, whatever the keys.
-      float cost = (squared > 0.0f ? fminf(squared, 1.8446743e19f) : 0.0f) * factor;
-      if (nearest[r] >= 0 && own_nearest >= 0 && nearest[r] != j && own_nearest != i) cost = -cost;
-      if (i == j || weight[r] < 0.0f || own_weight < 0.0f) cost = infinity();
-      if (i >= n || j >= n || (diagonal && i > j)) continue;
-      const unsigned long long bits = (unsigned long long)(unsigned)__float_as_int(cost) << 32;
-      costs[(long long)i * line + j] = cost;
-      costs[(long long)j * line + i] = cost;
-      first[r] = min(first[r], bits | (unsigned)j);
-      first_row_of_column = min(first_row_of_column, bits | (unsigned)i);
+      const float squared = fminf(fmaxf(row[r].x + column.x - 2.0f * cost, 0.0f), 1.8446743e19f);
+      cost = squared * share(row[r].y, column.y) + (row[r].z + column.z);
+      const int own_nearest = __float_as_int(row[r].w), i = first_row + own_row + r * 8 + g;
+      if (own_nearest >= 0 && nearest >= 0 && own_nearest != j && nearest != i) cost = -cost;
+      if (apart + (c / 2 - r) * 8 + c % 2 == 0) cost = infinity();
     }
-    for (int step = 4; step < 32; step *= 2)
-      first_row_of_column = min(first_row_of_column, __shfl_xor_sync(EVERY_LANE, first_row_of_column, step));
-    if (g == 0) atomicMin(&of_columns[2 * column + own_row / 64], first_row_of_column);
   }
+  float* const rows = costs + (long long)(first_row + own_row + g) * line + first_column + own_column + 2 * t;
+  float* const columns = costs + (long long)(first_column + own_column + 2 * t) * line + first_row + own_row + g;
 #pragma unroll
-  for (int r = 0; r < 4; r++) {
-    for (int step = 1; step < 4; step *= 2) first[r] = min(first[r], __shfl_xor_sync(EVERY_LANE, first[r], step));
-    if (t == 0) atomicMin(&of_rows[2 * (own_row + r * 8 + g) + own_column / 64], first[r]);
-  }
-  __syncthreads();  // of_rows, of_columns
-  for (int k = threadIdx.x; k < 2 * SIDE; k += THREADS) {
-    const int i = first_row + k / 2, j = first_column + k / 2;
-    const int column_tile = first_column / PAIR_TILE + k % 2, row_tile = first_row / PAIR_TILE + k % 2;
-    // On the diagonal a row goes on as a column.
-    if (i < n && column_tile < tiles)
-      least[(long long)i * tiles + column_tile] = diagonal ? min(of_rows[k], of_columns[k]) : of_rows[k];
-    if (!diagonal && j < n) least[(long long)j * tiles + row_tile] = of_columns[k];
-  }
+  for (int c = 0; c < 16; c++)
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const float* cost = &product[r / 2][c / 2][2 * (r % 2) + c % 2];
+      float* const across = rows + (long long)(r * 8) * line + c / 2 * 8 + c % 2;
+      float* const down = columns + (long long)(c / 2 * 8 + c % 2) * line + r * 8;
+      if (!diagonal) {
+        if (c % 2 == 0) *reinterpret_cast<float2*>(across) = make_float2(cost[0], cost[1]);
+        *down = *cost;
+      } else if (apart + (c / 2 - r) * 8 + c % 2 >= 0) {
+        *across = *cost;
+        *down = *cost;
+      }
+    }
 }
 
 // A warp per place of the result.
