@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
                 "gather": 88,
                 "turn_away": 64,
                 "weigh": 40,
-                "query_moment": 64,
+                "query_moment": 96,
                 "key_moment": 40,
                 "settle": 64,
             },
@@ -75,7 +75,7 @@ SHARED = {
     "query_moment": 17 << 10,
     "weighted_mean": 5 << 10,
     "make_points": 17 << 10,
-    "pair_costs": 43 << 10,
+    "pair_costs": 45 << 10,
     "match_pairs": 256,
 }
 

@@ -73,7 +73,7 @@ class RawModule:
             cells = [np.array(argument).reshape(1) for argument in arguments]
             pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
             sizes = (ctypes.c_uint * len(cells))(*(cell.itemsize for cell in cells))
-            dims = (ctypes.c_uint * 6)(*grid, 1, 1, *block, 1, 1)
+            dims = (ctypes.c_uint * 7)(*grid, 1, 1, *block, 1, 1, 1)
             count, seed = ctypes.c_uint(len(cells)), ctypes.c_uint64(1)
             error = kernel(dims, ctypes.c_size_t(shared_mem), pointers, sizes, count, seed, ctypes.c_int(-1))
             assert error is None, error

@@ -22,15 +22,18 @@ class Text:
     """A module written out in a test."""
 
     text: str
+    constants: tuple[tuple[str, int], ...] = ()
 
     def source(self) -> str:
         return self.text
 
 
-def run(kernel: str, text: Text, threads: int, *arguments: object, shared: int = 0, **options: int) -> None:
+def run(
+    kernel: str, text: Text, threads: int, *arguments: object, shared: int = 0, blocks: int = 1, **options: int
+) -> None:
     device = EmulatedDevice(**options)
     arguments = tuple(address(device, a) if isinstance(a, np.ndarray) else a for a in arguments)
-    device.run(Launch(text, kernel, 1, threads, arguments, shared))  # type: ignore[arg-type]
+    device.run(Launch(text, kernel, blocks, threads, arguments, shared))  # type: ignore[arg-type]
 
 
 WARP = Text("""
@@ -140,6 +143,56 @@ def test_a_missing_barrier_is_found() -> None:
     for seed in range(5):
         run("reverse", REVERSE, 64, x, out, i32(64), shared=256, seed=seed, removed=line)
         assert not np.array_equal(out, x[::-1] + 7)
+
+
+PEERS = Text(
+    """
+extern "C" __global__ void __cluster_dims__(4) pass_on(int* out) {
+  extern __shared__ int mine[];
+  __shared__ int fixed[40];
+  const int rank = blockIdx.x % 4, t = threadIdx.x;
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();  // all are there
+  ((int*)__cluster_map_shared_rank(mine, (rank + 1) % 4))[t] = 100 * blockIdx.x + t;
+  ((int*)__cluster_map_shared_rank(fixed, (rank + 3) % 4))[t] = -(int)blockIdx.x;
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  out[blockIdx.x * 80 + t] = mine[39 - t];
+  out[blockIdx.x * 80 + 40 + t] = fixed[t];
+}
+extern "C" __global__ void __cluster_dims__(4) one_leaves(int* out) {
+  if (blockIdx.x == 2) return;
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+extern "C" __global__ void __cluster_dims__(4) no_such_peer(int* out) {
+  *(int*)__cluster_map_shared_rank(out, 4) = 0;
+}
+""",
+    (("PEERS", 4),),
+)
+
+
+def test_blocks_of_a_cluster_write_into_each_others_shared_memory() -> None:
+    block, t = np.divmod(np.arange(8 * 40), 40)
+    before, after = (block // 4 * 4 + (block + step) % 4 for step in (3, 1))
+    expected = np.stack([100 * before + 39 - t, -after]).reshape(2, 8, 40).swapaxes(0, 1).reshape(8, 80)
+    line = cuda_emulation.barriers(PEERS)[-2]  # type: ignore[arg-type]
+    for seed in range(5):
+        out = np.zeros((8, 80), dtype=np.int32)
+        run("pass_on", PEERS, 40, out, shared=160, blocks=8, seed=seed)
+        np.testing.assert_array_equal(out, expected)
+        run("pass_on", PEERS, 40, out, shared=160, blocks=8, seed=seed, removed=line)
+        assert not np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "message"),
+    [("one_leaves", 8, "left out"), ("no_such_peer", 4, "does not have"), ("pass_on", 6, "whole clusters")],
+)
+def test_undefined_behaviour_of_clusters_is_an_error(kernel: str, blocks: int, message: str) -> None:
+    with pytest.raises(EmulationError, match=f"{kernel}: .*{message}"):
+        run(kernel, PEERS, 40, np.zeros(640, dtype=np.int32), shared=160, blocks=blocks)
 
 
 MISTAKES = Text("""

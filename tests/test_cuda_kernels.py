@@ -631,6 +631,25 @@ def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> N
     np.testing.assert_allclose(new.importance.sum(axis=1), means.importance.sum(axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_stream_is_matched_alike_by_one_block_and_by_many(seed: int) -> None:
+    lab = cuda_labs.emulation()
+    rng = np.random.default_rng(seed)
+    keys, counts = rng.normal(size=(2, 530, 8)).astype(np.float32), np.ones((2, 530), np.int32)
+    keys[0] = rng.integers(-2, 3, size=(530, 8))  # many costs are equal
+    importance = rng.random((2, 530)).astype(np.float32)
+    means = Means(keys, keys, counts, np.zeros((2, 530, 4), np.float32), importance, nearest=0 * counts - 1)
+    results = []
+    for clusters in (False, True):
+        device: Any = replace(lab.seeded(seed).device, clusters=clusters)  # type: ignore[type-var]
+        merged, moved = _merging.shrink(device, means, None, np.ones(2, np.float32), 300, 300)
+        results.append([x for x in (*merged.arrays(), moved) if x is not None])
+        blocks = [launch.blocks for launch in device.launches if launch.kernel == "match_pairs"]
+        assert blocks == ([16] if clusters else [2])
+    for one, many in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
 def test_there_is_room_for_many_clusters() -> None:
     assert _merging.MOST_CLUSTERS >= 1024 + 512
     assert math.isclose(_merging._match_shared(_merging.MOST_CLUSTERS, 1), 48 << 10, rel_tol=0.02)
@@ -1058,7 +1077,8 @@ def test_every_barrier_is_needed_and_every_mistake_noticed() -> None:
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert sorted(report) == ["absorbing.cu", "attention.cu", "decoding.cu", "leaders.cu", "matching.cu", "merging.cu"]
+    files = ("absorbing", "attention", "decoding", "leaders", "matching", "merging")
+    assert sorted(report) == sorted([*(f"{file}.cu" for file in files), "matching.cu by 2"])
     assert [(file, what) for file, mistakes in report.items() for what, seen in mistakes.items() if not seen] == []
 
 

@@ -24,7 +24,9 @@ from subgen_cupy._launch import Launch, Module, element, elements, stream_step
 __all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
 
 _HERE = Path(__file__).parent
-_KERNEL = re.compile(r"__global__\s+void\s+(?:TOGETHER\s+)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(")
+_KERNEL = re.compile(
+    r"__global__\s+void\s+(?:TOGETHER\s+|__cluster_dims__\([^)]*\)\s*)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\("
+)
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\s*\[\s*\]\s*;")
 
 
@@ -82,12 +84,19 @@ def library(source: str, sanitize: bool = False) -> ctypes.CDLL:
     return ctypes.CDLL(str(build(source, sanitize)))
 
 
+def _peers(module: Module) -> int:
+    """Blocks of a cluster."""
+    return dict(module.constants).get("PEERS", 1)
+
+
 def barriers(module: Module) -> list[int]:
-    """Lines of the barriers in the source of a module."""
+    """Lines of the barriers in the source of a module; those of a cluster of PEERS blocks, if it is one."""
+    together = _peers(module) > 1
+    barrier = (
+        r"^ +ALL_PEERS\(|^ +__syncthreads\(\);|__cluster_barrier_wait\(\);" if together else r"__sync(threads|warp)\(\)"
+    )
     return [
-        number
-        for number, line in enumerate(module.source().splitlines(), 1)
-        if re.search(r"__sync(threads|warp)\(\)", line.split("//")[0])
+        number for number, line in enumerate(module.source().splitlines(), 1) if re.search(barrier, line.split("//")[0])
     ]
 
 
@@ -154,7 +163,7 @@ class EmulatedDevice:
         cells = [np.array(argument).reshape(1) for argument in launch.arguments]
         pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
         sizes = (ctypes.c_uint * len(cells))(*(cell.itemsize for cell in cells))
-        dims = (ctypes.c_uint * 6)(launch.blocks, 1, 1, launch.threads, 1, 1)
+        dims = (ctypes.c_uint * 7)(launch.blocks, 1, 1, launch.threads, 1, 1, _peers(launch.module))
         error = function(
             dims,
             ctypes.c_size_t(launch.shared),

@@ -1,7 +1,7 @@
 // Executes CUDA C++ kernels on the CPU, for tests (g++ -std=c++17).
 //
-// One fiber per CUDA thread; blocks run one after the other on one core. A fiber runs until it waits for its warp or
-// its block, then another one is drawn at random: what a missing barrier leaves to chance goes wrong here for some seed.
+// One fiber per CUDA thread; blocks, or clusters of them, run one after the other on one core. A fiber runs until it waits
+// for its warp, its block or its cluster, then another one is drawn at random: what a missing barrier leaves to chance goes wrong here for some seed.
 // Shared memory is filled with NaN before every block. Barriers and shuffles that not all of their threads reach are
 // errors, not undefined. What it cannot show: timing, memory order between blocks, and rounding of fast intrinsics.
 #pragma once
@@ -33,6 +33,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 // Static shared memory lives in a section of its own, so that it can be found and filled before every block.
 #define __shared__ static __attribute__((section("cuda_shared")))
@@ -81,23 +82,26 @@ inline void make(Context& c, char* stack, size_t size, void (*entry)()) {
 }
 #endif
 
-enum State { RUNS, WAITS_FOR_BLOCK, WAITS_FOR_WARP, DONE };
+enum State { RUNS, WAITS_FOR_BLOCK, WAITS_FOR_WARP, WAITS_FOR_CLUSTER, DONE };
 constexpr unsigned WARP = 32;
 constexpr size_t STACK = 64 << 10;
 
 struct Fiber { Context context; uint3 thread; unsigned index; State state; int line; unsigned mask; uint64_t slot; };
 struct Block {
   std::vector<Fiber> fibers;
-  Context scheduler;
   uint3 index;
   dim3 size, grid;
   char* dynamic;
   Fiber* current;
-  void (*body)(void*);
-  void* arguments;
-  const char* error;
+  std::vector<char> statics;  // its static shared memory, while another block of the cluster runs
+  std::unique_ptr<char, decltype(&free)> memory{nullptr, &free};
 };
 inline Block* block;
+inline std::vector<Block>* cluster;
+inline Context scheduler;
+inline void (*body)(void*);
+inline void* body_arguments;
+inline const char* error;
 // Line of a barrier to leave out: how tests check that a missing barrier is found.
 inline int removed_barrier = -1;
 inline uint64_t generator;
@@ -112,18 +116,21 @@ inline unsigned draw(unsigned below) {
   me->state = state;
   me->line = line;
   me->mask = mask;
-  swap_to(me->context, block->scheduler);
+  swap_to(me->context, scheduler);
 }
 inline void entry() {
-  block->body(block->arguments);
+  body(body_arguments);
   wait(DONE, 0, 0);
   abort();
 }
-inline void fail(const char* error) {
-  if (!block->error) block->error = error;
+inline void fail(const char* what) {
+  if (!error) error = what;
 }
 inline void block_barrier(int line) {
   if (line != removed_barrier) wait(WAITS_FOR_BLOCK, line, 0);
+}
+inline void cluster_barrier(int line) {
+  if (line != removed_barrier) wait(WAITS_FOR_CLUSTER, line, 0);
 }
 inline void warp_barrier(int line, unsigned mask = 0xffffffffu) {
   if (line != removed_barrier) wait(WAITS_FOR_WARP, line, mask);
@@ -145,38 +152,97 @@ inline void release(Fiber* lanes, unsigned count) {
   }
 }
 
-inline const char* run(Block& b, bool shuffled) {
+// Where a variable of shared memory lies that a peer has, too.
+inline void* of_peer(const void* p, unsigned rank) {
+  if (rank >= cluster->size()) { fail("a block that the cluster does not have"); return (void*)p; }
+  Block& peer = (*cluster)[rank];
+  if (&peer == block) return (void*)p;
+  const char* place = (const char*)p;
+  if (__start_cuda_shared && place >= __start_cuda_shared && place < __stop_cuda_shared)
+    return peer.statics.data() + (place - __start_cuda_shared);
+  return peer.dynamic + (place - block->dynamic);
+}
+// Makes a block the one that runs; static shared memory is that of one block at a time.
+inline void enter(Block& b) {
+  if (block == &b) return;
+  const size_t size = __start_cuda_shared ? __stop_cuda_shared - __start_cuda_shared : 0;
+  if (block) block->statics.assign(__start_cuda_shared, __start_cuda_shared + size);
+  if (size) memcpy(__start_cuda_shared, b.statics.data(), size);
   block = &b;
-  const unsigned n = b.fibers.size(), warps = (n + WARP - 1) / WARP;
+}
+
+// Lets the fibers go on that wait for all others, of a block or a cluster. What is wrong if they cannot.
+inline const char* meet(Block* blocks, size_t count, State state, const char* apart, const char* alone, bool& met) {
+  int line = -1;
+  size_t waiting = 0, done = 0, all = 0;
+  for (size_t k = 0; k < count; k++)
+    for (auto& f : blocks[k].fibers) {
+      all++;
+      if (f.state == DONE) done++;
+      if (f.state != state) continue;
+      if (line >= 0 && line != f.line) return apart;
+      line = f.line;
+      waiting++;
+    }
+  met = waiting == all;
+  if (met)
+    for (size_t k = 0; k < count; k++)
+      for (auto& f : blocks[k].fibers) f.state = RUNS;
+  return waiting && !met && waiting + done == all ? alone : nullptr;
+}
+
+inline const char* run(std::vector<Block>& peers, bool shuffled) {
+  const unsigned n = peers[0].fibers.size(), warps = (n + WARP - 1) / WARP;
   std::vector<unsigned> ready;
-  unsigned chosen = 0;
+  unsigned chosen = 0, ahead = draw(peers.size());
   unsigned order[WARP];
   for (;;) {
     ready.clear();
-    for (unsigned w = 0; w < warps; w++)
-      for (unsigned i = w * WARP; i < std::min(n, (w + 1) * WARP); i++)
-        if (b.fibers[i].state == RUNS) { ready.push_back(w); break; }
-    if (ready.empty()) {
-      int line = -1;
-      unsigned waiting = 0, done = 0;
-      for (auto& f : b.fibers) {
-        if (f.state == DONE) done++;
-        if (f.state != WAITS_FOR_BLOCK) continue;
-        if (line >= 0 && line != f.line) return "__syncthreads() reached at two places at once";
-        line = f.line;
-        waiting++;
+    bool done = true;
+    for (unsigned k = 0; k < peers.size(); k++) {
+      auto& fibers = peers[k].fibers;
+      const size_t before = ready.size();
+      const auto look = [&] {
+        for (unsigned w = 0; w < warps; w++)
+          for (unsigned i = w * WARP; i < std::min(n, (w + 1) * WARP); i++)
+            if (fibers[i].state == RUNS) { ready.push_back(k * warps + w); break; }
+      };
+      look();
+      if (ready.size() == before) {
+        bool met = false;
+        const char* wrong = meet(&peers[k], 1, WAITS_FOR_BLOCK, "__syncthreads() reached at two places at once",
+                                 "__syncthreads() that some threads left out", met);
+        if (wrong) return wrong;
+        if (met) look();
       }
-      if (done == n) return nullptr;
-      if (waiting == n) { for (auto& f : b.fibers) f.state = RUNS; continue; }
-      if (waiting && waiting + done == n) return "__syncthreads() that some threads left out";
+      for (auto& f : fibers) done = done && f.state == DONE;
+    }
+    if (done) return nullptr;
+    if (ready.empty()) {
+      bool met = false;
+      const char* wrong = meet(peers.data(), peers.size(), WAITS_FOR_CLUSTER, "a cluster's barrier reached at two places at once",
+                               "a cluster's barrier that some threads left out", met);
+      if (wrong) return wrong;
+      if (met) continue;
       return "deadlock: a warp or block barrier that not all of its threads reach";
     }
     // Mostly stay with one warp until it waits for the block, the widest gap between warps; sometimes take turns.
     if (!shuffled) chosen = ready[0];
-    else if (draw(8) == 0 || std::find(ready.begin(), ready.end(), chosen) == ready.end())
+    else if (draw(8) == 0 || std::find(ready.begin(), ready.end(), chosen) == ready.end()) {
       chosen = ready[draw(ready.size())];
-    Fiber* lanes = &b.fibers[chosen * WARP];
-    const unsigned count = std::min(WARP, n - chosen * WARP);
+      // And with one block, which then is far ahead of its peers.
+      if (peers.size() > 1) {
+        if (draw(1000) == 0) ahead = draw(peers.size());
+        const auto first = std::lower_bound(ready.begin(), ready.end(), ahead * warps);
+        const auto last = std::lower_bound(first, ready.end(), (ahead + 1) * warps);
+        if (first != last && draw(1000)) chosen = *(first + draw(last - first));
+      }
+    }
+    Block& b = peers[chosen / warps];
+    enter(b);
+    const unsigned warp = chosen % warps;
+    Fiber* lanes = &b.fibers[warp * WARP];
+    const unsigned count = std::min(WARP, n - warp * WARP);
     for (unsigned i = 0; i < count; i++) order[i] = i;
     if (shuffled)
       for (unsigned i = count; i > 1; i--) std::swap(order[i - 1], order[draw(i)]);
@@ -184,59 +250,69 @@ inline const char* run(Block& b, bool shuffled) {
       Fiber& f = lanes[order[i]];
       if (f.state != RUNS) continue;
       b.current = &f;
-      swap_to(b.scheduler, f.context);
-      if (b.error) return b.error;
+      swap_to(scheduler, f.context);
+      if (error) return error;
     }
     release(lanes, count);
   }
 }
 
 template <class Body>
-const char* launch(dim3 grid, dim3 size, size_t shared, uint64_t seed, Body body) {
+const char* launch(dim3 grid, dim3 size, unsigned peers, size_t shared, uint64_t seed, Body call) {
   const unsigned n = size.x * size.y * size.z, blocks = grid.x * grid.y * grid.z;
   if (!n || n > 1024) return "a block has 1 to 1024 threads";
   if (!blocks || grid.y > 65535 || grid.z > 65535) return "a grid has at least one block, and at most 65535 along y and z";
+  if (!peers || peers > 8 || blocks % peers) return "a cluster has 1 to 8 blocks, and the grid is whole clusters";
   if (shared > (48 << 10))
     return "more than 48 KiB of shared memory";
-  Block b;
-  b.fibers.resize(n);
-  b.size = size;
-  b.grid = grid;
-  b.arguments = &body;
-  b.body = [](void* p) { (*(Body*)p)(); };
-  b.error = nullptr;
-  std::unique_ptr<char[]> stacks(new char[STACK * n]);
-  // As long as was asked for: the address sanitizer then sees what lies outside.
-  char* dynamic = (char*)aligned_alloc(16, std::max<size_t>(16, (shared + 15) / 16 * 16));
-  b.dynamic = dynamic;
-  generator = seed * 0x9e3779b97f4a7c15ull + 1;
-  std::vector<unsigned> turn(blocks);
-  for (unsigned i = 0; i < blocks; i++) turn[i] = i;
-  if (seed)
-    for (unsigned i = blocks; i > 1; i--) std::swap(turn[i - 1], turn[draw(i)]);
-  const char* error = nullptr;
-  for (unsigned k = 0; k < blocks && !error; k++) {
-    const unsigned i = turn[k];
-    b.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-    memset(dynamic, 0xff, shared);
-    if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
-    for (unsigned t = 0; t < n; t++) {
-      Fiber& f = b.fibers[t];
-      f.index = t;
-      f.state = RUNS;
-      f.thread = {t % size.x, t / size.x % size.y, t / size.x / size.y};
-      make(f.context, &stacks[STACK * t], STACK, entry);
-    }
-    error = run(b, seed != 0);
+  body_arguments = &call;
+  body = [](void* p) { (*(Body*)p)(); };
+  error = nullptr;
+  block = nullptr;
+  std::unique_ptr<char[]> stacks(new char[STACK * n * peers]);
+  const size_t statics = __start_cuda_shared ? __stop_cuda_shared - __start_cuda_shared : 0;
+  std::vector<Block> together(peers);
+  cluster = &together;
+  for (Block& b : together) {
+    b.fibers.resize(n);
+    b.size = size;
+    b.grid = grid;
+    // As long as was asked for: the address sanitizer then sees what lies outside.
+    b.memory.reset((char*)aligned_alloc(16, std::max<size_t>(16, (shared + 15) / 16 * 16)));
+    b.dynamic = b.memory.get();
   }
-  free(dynamic);
-  return error;
+  generator = seed * 0x9e3779b97f4a7c15ull + 1;
+  std::vector<unsigned> turn(blocks / peers);
+  for (unsigned i = 0; i < turn.size(); i++) turn[i] = i;
+  if (seed)
+    for (unsigned i = turn.size(); i > 1; i--) std::swap(turn[i - 1], turn[draw(i)]);
+  const char* wrong = nullptr;
+  for (unsigned k = 0; k < turn.size() && !wrong; k++) {
+    block = nullptr;
+    for (unsigned rank = 0; rank < peers; rank++) {
+      Block& b = together[rank];
+      const unsigned i = turn[k] * peers + rank;
+      b.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+      memset(b.dynamic, 0xff, shared);
+      b.statics.assign(statics, (char)0xff);
+      for (unsigned t = 0; t < n; t++) {
+        Fiber& f = b.fibers[t];
+        f.index = t;
+        f.state = RUNS;
+        f.thread = {t % size.x, t / size.x % size.y, t / size.x / size.y};
+        make(f.context, &stacks[STACK * (rank * n + t)], STACK, entry);
+      }
+    }
+    wrong = run(together, seed != 0);
+  }
+  return wrong;
 }
 
 template <class... A, size_t... I>
-const char* call(void (*kernel)(A...), void** a, std::index_sequence<I...>, dim3 g, dim3 s, size_t shared, uint64_t seed) {
+const char* call(void (*kernel)(A...), void** a, std::index_sequence<I...>, const unsigned* d, size_t shared, uint64_t seed) {
   auto arguments = std::make_tuple(*(std::decay_t<A>*)a[I]...);
-  return launch(g, s, shared, seed, [&] { std::apply(kernel, arguments); });
+  return launch(dim3(d[0], d[1], d[2]), dim3(d[3], d[4], d[5]), d[6], shared, seed,
+                [&] { std::apply(kernel, arguments); });
 }
 template <class... A>
 const char* call(void (*kernel)(A...), const unsigned* d, size_t shared, void** a, const unsigned* sizes, unsigned count,
@@ -246,7 +322,7 @@ const char* call(void (*kernel)(A...), const unsigned* d, size_t shared, void** 
   if (count != sizeof...(A)) return "wrong number of arguments";
   for (unsigned i = 0; i < count; i++)
     if (sizes[i] != expected[i]) return "an argument has the wrong size";
-  return call(kernel, a, std::index_sequence_for<A...>{}, dim3(d[0], d[1], d[2]), dim3(d[3], d[4], d[5]), shared, seed);
+  return call(kernel, a, std::index_sequence_for<A...>{}, d, shared, seed);
 }
 
 inline unsigned lane() { return block->current->index % WARP; }
@@ -324,6 +400,9 @@ inline unsigned short float_to_half(float x) {
 #define gridDim (emulation::block->grid)
 #define warpSize 32
 #define __syncthreads() emulation::block_barrier(__LINE__)
+#define __cluster_barrier_arrive() ((void)0)
+#define __cluster_barrier_wait() emulation::cluster_barrier(__LINE__)
+#define __cluster_map_shared_rank(p, rank) emulation::of_peer(p, rank)
 #define __syncwarp(...) emulation::warp_barrier(__LINE__ __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_sync(...) emulation::shfl(__LINE__, __VA_ARGS__)
 #define __shfl_up_sync(...) emulation::shfl_up(__LINE__, __VA_ARGS__)

@@ -29,6 +29,7 @@ __all__ = ["main"]
 SEEDS = range(1, 9)
 # A kernel that never ends is stopped after this, or after so many times what those without a mistake take.
 _SECONDS, _TIMES = 20.0, 3.0
+_PEERS = 2
 
 
 def _attend(device: EmulatedDevice) -> list[Any]:
@@ -139,6 +140,12 @@ def _match(device: EmulatedDevice) -> list[Any]:
     return [*_remember(device), merged.counts, merged.nearest, moved, *matched]
 
 
+def _match_together(device: EmulatedDevice) -> list[Any]:
+    """Two blocks a stream."""
+    _merging._PEERS, _merging._FEW_CLUSTERS = _PEERS, 1
+    return _match(replace(device, clusters=True))
+
+
 def _absorb(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 2, 80, 40)).astype(np.float32)
@@ -160,6 +167,7 @@ def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
     yield _leaders.leaders_module("float32"), _lead
     yield _merging.MERGING, _merge
     yield _merging.matching_module(1, 4), _match
+    yield _merging.matching_module(_PEERS, 4), _match_together
 
 
 #: By file, something that runs its kernels, and statements with what they must not be.
@@ -220,6 +228,12 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
         ("!chooses ? remembered[i] : ", ""),
         ("known < 0 ? -1 : place_of(known)", "known"),
     ]),
+    f"matching.cu by {_PEERS}": (_match_together, [
+        # A peer that is a turn ahead; what all must know, and what one alone.
+        ("turn ^= TURN;", ";"),
+        ("named & NAMES ? lane == peer : lane < PEERS", "lane == peer"),
+        ("tell(nearest + i, 0,", "tell(nearest + i, peer,"),
+    ]),
 }  # fmt: skip
 
 
@@ -252,15 +266,17 @@ def main() -> None:
         seconds = max(_SECONDS, _TIMES * (time.process_time() - begin))
         source = module.source()
         lines = source.splitlines()
-        report[module.file] = {
+        peers = dict(module.constants).get("PEERS", 1)
+        name = module.file if peers == 1 else f"{module.file} by {peers}"
+        report[name] = {
             f"{line}: {lines[line - 1].strip()}": noticed(run, expected, seconds, removed=line)
             for line in barriers(module)
         }
-        run, mistakes = WRONG.get(module.file, (run, []))
+        run, mistakes = WRONG.get(name, (run, []))
         expected = run(EmulatedDevice(seed=0))
         for right, wrong in mistakes:
             assert source.count(right) == 1, right
-            report[module.file][f"{right} as {wrong}"] = noticed(run, expected, seconds, edit=(right, wrong))
+            report[name][f"{right} as {wrong}"] = noticed(run, expected, seconds, edit=(right, wrong))
     json.dump(report, sys.stdout, indent=1)
 
 

@@ -200,9 +200,24 @@ weigh(const float* __restrict__ away, const int* __restrict__ held_counts, const
   }
 }
 
+// Four codes of a row from one on; zeros beyond its end.
+__device__ __forceinline__ char4 read_codes(const signed char* row, int first, int head_dim) {
+  char4 code = {0, 0, 0, 0};
+  if (head_dim % 4 == 0) return first < head_dim ? *reinterpret_cast<const char4*>(row + first) : code;
+  if (first < head_dim) code.x = row[first];
+  if (first + 1 < head_dim) code.y = row[first + 1];
+  if (first + 2 < head_dim) code.z = row[first + 2];
+  if (first + 3 < head_dim) code.w = row[first + 3];
+  return code;
+}
+
+__device__ __forceinline__ float4 scaled(char4 code, float scale) {
+  return make_float4(code.x * scale, code.y * scale, code.z * scale, code.w * scale);
+}
+
 // The second moment of `window` rows of codes and scales over their number, with `ridge` times its mean eigenvalue on
-// the diagonal. A block per tile of the moment; each adds up the trace. Four numbers a thread.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// the diagonal. A block per tile of the moment; those on the diagonal add up the trace. Four numbers a thread.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 query_moment(const signed char* __restrict__ codes, const float* __restrict__ scales, int places, int window,
              int head_dim, double ridge, float* __restrict__ moment) {
   __shared__ __align__(16) float left[MOMENT_DEPTH][MOMENT_TILE], right[MOMENT_DEPTH][MOMENT_TILE];
@@ -215,33 +230,40 @@ query_moment(const signed char* __restrict__ codes, const float* __restrict__ sc
   codes += stream * places * head_dim;
   scales += stream * places;
   float trace = 0.0f;
-  // Four codes at once where rows are whole words.
-  if (head_dim % 4 == 0) {
-    const int words = head_dim / 4;
+  if (first_row == first_column) {
 #pragma unroll 8
-    for (int i = threadIdx.x; i < window * words; i += THREADS) {
-      const char4 code = reinterpret_cast<const char4*>(codes)[i];
-      const float scale = scales[i / words];
-      trace += (float)(code.x * code.x + code.y * code.y + code.z * code.z + code.w * code.w) * scale * scale;
-    }
-  } else {
-    for (int i = threadIdx.x; i < window * head_dim; i += THREADS) {
-      const float x = codes[i] * scales[i / head_dim];
-      trace += x * x;
-    }
+    for (int token = warp; token < window; token += WARPS)
+      for (int d = 4 * lane; d < head_dim; d += 128) {
+        const float4 x = scaled(read_codes(codes + (long long)token * head_dim, d, head_dim), scales[token]);
+        trace += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+      }
   }
+  // A thread reads four codes of either side, of two tokens, while the products of those before are added.
+  constexpr int OF_TILE = MOMENT_TILE / 4, STEP = THREADS / OF_TILE, TOKENS = MOMENT_DEPTH / STEP;
+  const int own = threadIdx.x / OF_TILE, four = threadIdx.x % OF_TILE * 4;
+  char4 of_left[TOKENS] = {}, of_right[TOKENS] = {};
+  float scale[TOKENS];
+  const auto read = [&](int start) {
+#pragma unroll
+    for (int h = 0; h < TOKENS; h++) {
+      const int token = min(start + h * STEP + own, window - 1);
+      const signed char* code = codes + (long long)token * head_dim;
+      scale[h] = start + h * STEP + own < window ? scales[token] : 0.0f;
+      of_left[h] = read_codes(code, first_row + four, head_dim);
+      of_right[h] = read_codes(code, first_column + four, head_dim);
+    }
+  };
   float product[2][2] = {};
+  read(0);
   for (int start = 0; start < window; start += MOMENT_DEPTH) {
     __syncthreads();  // the tiles of the turn before are done with
 #pragma unroll
-    for (int k = warp; k < MOMENT_DEPTH; k += WARPS) {
-      const int token = start + k;
-      const float scale = token < window ? scales[token] : 0.0f;
-      const signed char* code = codes + (long long)token * head_dim;
-      left[k][lane] = token < window && first_row + lane < head_dim ? code[first_row + lane] * scale : 0.0f;
-      right[k][lane] = token < window && first_column + lane < head_dim ? code[first_column + lane] * scale : 0.0f;
+    for (int h = 0; h < TOKENS; h++) {
+      *reinterpret_cast<float4*>(&left[h * STEP + own][four]) = scaled(of_left[h], scale[h]);
+      *reinterpret_cast<float4*>(&right[h * STEP + own][four]) = scaled(of_right[h], scale[h]);
     }
     __syncthreads();  // left, right
+    if (start + MOMENT_DEPTH < window) read(start + MOMENT_DEPTH);
 #pragma unroll 8
     for (int k = 0; k < MOMENT_DEPTH; k++) {
       const float2 a = *reinterpret_cast<const float2*>(&left[k][row]);

@@ -29,9 +29,9 @@ typedef unsigned short Place;
 
 #if PEERS > 1
 #define TOGETHER __cluster_dims__(PEERS)
-#define ALL_PEERS(barrier)                                                       \
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");           \
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory")
+#define ALL_PEERS(barrier) \
+  __cluster_barrier_arrive(); \
+  __cluster_barrier_wait()
 #else
 #define TOGETHER
 #define ALL_PEERS(barrier) barrier
@@ -40,13 +40,9 @@ typedef unsigned short Place;
 // Writes into the shared memory of a peer.
 __device__ __forceinline__ void tell(Place* place, int peer, int word) {
 #if PEERS > 1
-  const unsigned own = (unsigned)__cvta_generic_to_shared(place);
-  unsigned theirs;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(own), "r"(peer));
-  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(theirs), "h"((Place)word) : "memory");
-#else
-  *place = (Place)word;
+  place = (Place*)__cluster_map_shared_rank(place, peer);
 #endif
+  *place = (Place)word;
 }
 
 // Gives the bits of each cost of a row, the order of the cluster and its index; a lane's in their order.
