@@ -39,15 +39,24 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
         attention_module("bfloat16", "bfloat16", 128, 128, 4, 4, "bfloat16", "bfloat16"),
         {"attend_split": 168, "attend_join": 64},
     ),
+    # Means in 8 bits.
+    "coded_bfloat16": (
+        attention_module("bfloat16", "bfloat16", 128, 128, 4, 4, "bfloat16", "bfloat16", True),
+        {"attend_split": 168, "attend_join": 64},
+    ),
+    "coded_float16": (
+        attention_module("float16", "float16", 64, 64, 1, 4, "float16", "float16", True),
+        {"attend_split": 152, "attend_join": 64},
+    ),
     "decoding": (decoding_module("bfloat16", "bfloat16"), {"count_tokens": 16, "take_in": 48}),
     "threefry": (THREEFRY, {"threefry2x32": 32}),
     "rounding": (rounding_module("float16"), {"query_codes": 48}),
     "leaders": (leaders_module("float16"), {"nearest_centres": 128, "open_leaders": 64}),
     **{
-        f"absorbing_{stored}": (
-            absorbing_module(stored, means),
+        f"absorbing_{stored}_{coded}": (
+            absorbing_module(stored, coded),
             {
-                "gather": 88,
+                "gather": 96,
                 "turn_away": 64,
                 "weigh": 40,
                 "query_moment": 96,
@@ -55,7 +64,7 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
                 "settle": 64,
             },
         )
-        for stored, means in [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")]
+        for stored, coded in [("bfloat16", False), ("float16", True), ("float32", False)]
     },
     "merging": (
         MERGING,

@@ -22,12 +22,14 @@ def lab(library: Lab) -> Lab:  # noqa: F811
     return library
 
 
-def stream(lab: Lab, dtype: str = "float16", n: int = N, before: int = 100) -> tuple[Any, list[np.ndarray]]:
+def stream(
+    lab: Lab, dtype: str = "float16", n: int = N, before: int = 100, storage: Any = "input"
+) -> tuple[Any, list[np.ndarray]]:
     """A sketch of all but the last tokens, and queries, keys and values."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(2, heads, n, 8)).astype(DTYPES[dtype]) for heads in (8, 2, 2)]
     queries, keys, values = (lab.put(x[:, :, :before]) for x in arrays)
-    sketch = subgen.AttentionSketch(**OPTIONS)
+    sketch = subgen.AttentionSketch(**OPTIONS, storage=storage)
     sketch.update(keys, values, queries)
     return sketch, arrays
 
@@ -39,17 +41,19 @@ def held(lab: Lab, sketch: Any) -> list[np.ndarray]:
     arrays = [state.keys[:, :used], state.values[:, :used], state.counts, state.spread, state.importance]
     arrays += [state.queries.codes[:, :window], state.queries.scales[:, :window]]
     arrays += [] if state.nearest is None else [state.nearest]
+    for codes in (state.key_codes, state.value_codes):
+        arrays += [] if codes is None else [codes.codes, codes.scales]
     return [np.asarray(lab.get(x), dtype=np.float64) for x in arrays]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("few", [4, 768])
+@pytest.mark.parametrize(("few", "storage"), [(4, "input"), (768, "input"), (768, "int8")])
 def test_it_holds_and_answers_what_the_sketch_does(
-    lab: Lab, dtype: str, few: int, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, dtype: str, few: int, storage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From any filling of the window on; to the last bit, also where clusters remember their nearest others."""
     monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", few)
-    sketch, arrays = stream(lab, dtype)
+    sketch, arrays = stream(lab, dtype, storage=storage)
     decoder, before = Decoder(sketch), held(lab, sketch)
     assert decoder.n_seen == 100
     # What is replayed reads its token where it was when the launches were recorded.
@@ -147,7 +151,6 @@ def test_sketches_that_are_given_back_go_on_by_themselves(lab: Lab) -> None:
     ("options", "message"),
     [
         ({"max_clusters": None, "delta": 1.0}, "does not go with delta"),
-        ({"storage": "int8"}, 'does not go with storage="int8"'),
         ({"residual_samples": 4}, "does not go with residual_samples"),
         ({"check_finite": True}, "does not go with check_finite"),
         ({"max_clusters": subgen.Power(1, 0.5)}, "grows: give a number"),

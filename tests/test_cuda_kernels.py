@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -117,6 +118,48 @@ def test_a_decoding_step_over_exact_pairs_and_clusters(
     np.testing.assert_allclose(lab.get(got[1]), logsumexp, **TOLERANCE)
 
 
+def coded(rng: np.random.Generator, n: int, dim: int, dtype: str) -> Codes:
+    """Two streams of vectors in 8 bits, all codes among them."""
+    codes = rng.integers(-127, 128, size=(2, n, dim)).astype(np.int8)
+    codes.reshape(-1)[:255] = np.arange(-127, 128)[: codes.size]
+    return Codes(codes, (0.01 + rng.random((2, n)) / 64).astype(DTYPES[dtype]))
+
+
+def put_codes(lab: Lab, x: Any) -> Any:
+    """Arrays, or codes, of a lab."""
+    return Codes(lab.put(x.codes), lab.put(x.scales)) if isinstance(x, Codes) else lab.put(x)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"),
+    [("float32", 64, 64), ("float32", 3, 5), ("float16", 128, 128), ("bfloat16", 64, 64), ("bfloat16", 6, 288)],
+)
+def test_means_in_8_bits_are_read_as_they_are(lab: Lab, dtype: str, head_dim: int, value_dim: int, seed: int) -> None:
+    lab = lab.seeded(seed)
+    rng = np.random.default_rng(seed)
+    n, c = ((37, 300), (1, 5))[seed - 1]
+    queries, pairs = attention_case(rng, dtype, head_dim, value_dim, 2, 5)
+    keys, values = pairs(n + 3)
+    means = coded(rng, c, head_dim, dtype), coded(rng, c, value_dim, dtype)
+    counts = rng.integers(0, 6, size=(2, c)).astype(np.int32)
+    spread = (rng.random((2, c, merging.bands(head_dim))) * 0.2).astype(DTYPES[dtype])
+    given = [put_codes(lab, x) for x in (queries, keys, values, counts, spread, *means)]
+    given[1:3] = (x[:, :n] for x in given[1:3])  # behind them is room
+    if lab.name in GPUS:
+        got = BACKEND.operations["coded_attention"](*given, 0, backends.Operations())
+    else:
+        got = _attention.attend(lab.device, *given[:3], tuple(given[3:5]), codes=tuple(given[5:]))  # type: ignore[arg-type]
+    whole = [
+        np.concatenate([of.codes * of.scales.astype(np.float64)[:, :, None], x[:, :n].astype(np.float64)], axis=1)
+        for of, x in zip(means, (keys, values), strict=True)
+    ]
+    wide = queries.astype(np.float64)
+    weights = np.concatenate([log_weights(wide, counts, spread), np.zeros((2, 5, n))], axis=-1)
+    for mine, expected in zip(got, written_out(wide, *whole, weights), strict=True):
+        np.testing.assert_allclose(lab.get(mine), expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3), (1, 3)])
 def test_log_weights_of_every_shape(lab: Lab, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(4)
@@ -205,6 +248,8 @@ class Token:
     values: Any
     counts: Any
     spread: Any
+    key_codes: Codes | None
+    value_codes: Codes | None
     queries: Codes
     n_means: int
     n_exact: int
@@ -212,7 +257,7 @@ class Token:
 
 
 def token_case(
-    lab: Lab, dtype: str, n_exact: int, clusters: int, dims: tuple[int, int], group: int
+    lab: Lab, dtype: str, n_exact: int, clusters: int, dims: tuple[int, int], group: int, in_8_bits: bool = False
 ) -> tuple[Token, list[np.ndarray]]:
     """A sketch of two streams with room for 12 exact tokens, of which 3 are sinks; behind, NaN. Queries, key, value."""
     rng = np.random.default_rng(n_exact)
@@ -221,16 +266,18 @@ def token_case(
     def draw(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(DTYPES[dtype])
 
-    buffers = [draw(2, clusters + sink + window, dim) for dim in dims]
+    n_means = 0 if in_8_bits else clusters
+    buffers = [draw(2, n_means + sink + window, dim) for dim in dims]
     for x in buffers:
-        x[:, clusters + n_exact :] = np.nan
+        x[:, n_means + n_exact :] = np.nan
     spread = (rng.random((2, clusters, merging.bands(dims[0]))) * 0.2).astype(DTYPES[dtype])
     counts = rng.integers(0, 5, size=(2, clusters)).astype(np.int32)
     codes, scales = rng.integers(-127, 128, size=(2, window, dims[0])).astype(np.int8), rng.random((2, window))
     held = Token(
         *map(lab.put, (*buffers, counts, spread)),
+        *(put_codes(lab, coded(rng, clusters, dim, dtype)) if in_8_bits else None for dim in dims),
         Codes(lab.put(codes), lab.put(scales.astype(np.float32))),
-        clusters,
+        n_means,
         n_exact,
         n_seen,
     )
@@ -242,12 +289,12 @@ def token_case(
     ("n_exact", "clusters", "dims", "group"),
     [(0, 0, (8, 8), 1), (2, 0, (64, 64), 4), (3, 40, (64, 64), 4), (11, 40, (8, 24), 3), (7, 300, (128, 128), 16)],
 )
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("counted", "in_8_bits"), [(False, False), (True, False), (False, True), (True, True)])
 def test_a_token_is_taken_in_and_answered(
-    lab: Lab, dtype: str, n_exact: int, clusters: int, dims: tuple[int, int], group: int, counted: bool
+    lab: Lab, dtype: str, n_exact: int, clusters: int, dims: tuple[int, int], group: int, counted: bool, in_8_bits: bool
 ) -> None:
-    """Whether the host says where the token goes, or memory on the device."""
-    held, token = token_case(lab, dtype, n_exact, clusters, dims, group)
+    """Whether the host says where the token goes, or memory on the device; and whatever means are in."""
+    held, token = token_case(lab, dtype, n_exact, clusters, dims, group, in_8_bits)
     before = {name: lab.get(getattr(held, name)).copy() for name in ("keys", "values")}
     old_codes, old_scales = (lab.get(x).copy() for x in (held.queries.codes, held.queries.scales))
     counters = None
@@ -263,7 +310,7 @@ def test_a_token_is_taken_in_and_answered(
     queries, *pair = token
     for name, row in zip(("keys", "values"), pair, strict=True):
         expected = before[name]
-        expected[:, clusters + n_exact] = row[:, 0]
+        expected[:, held.n_means + n_exact] = row[:, 0]
         np.testing.assert_array_equal(*(x.astype(np.float32) for x in (lab.get(getattr(decoded, name)), expected)))
     rows = queries.astype(np.float32) * np.float32(0.3)
     if n_exact >= 3:
@@ -271,12 +318,17 @@ def test_a_token_is_taken_in_and_answered(
         old_codes[:, n_exact - 3], old_scales[:, n_exact - 3] = kept.codes[:, 0], kept.scales[:, 0]
     np.testing.assert_array_equal(lab.get(decoded.queries.codes), old_codes)
     np.testing.assert_array_equal(lab.get(decoded.queries.scales), old_scales)
-    wide, used = rows.astype(np.float64), clusters + n_exact + 1
+    wide, used = rows.astype(np.float64), held.n_means + n_exact + 1
     counts, spread = lab.get(held.counts), lab.get(held.spread).astype(np.float64)
     weights = [np.zeros((2, group, n_exact + 1))]
     if clusters:
         weights.insert(0, log_weights(wide, counts, spread))
-    keys, values = (lab.get(x)[:, :used] for x in (decoded.keys, decoded.values))
+    keys, values = (lab.get(x)[:, :used].astype(np.float64) for x in (decoded.keys, decoded.values))
+    if held.key_codes is not None and held.value_codes is not None:
+        keys, values = (
+            np.concatenate([lab.get(of.codes) * lab.get(of.scales).astype(np.float64)[:, :, None], x], axis=1)
+            for of, x in ((held.key_codes, keys), (held.value_codes, values))
+        )
     expected, _ = written_out(wide, keys, values, np.concatenate(weights, axis=-1))
     outputs = lab.get(decoded.outputs)
     assert outputs.dtype == DTYPES[dtype]
@@ -664,9 +716,12 @@ def stored_case(rng: np.random.Generator, clusters: int, n: int, dims: tuple[int
     def draw(dtype: str, *shape: int) -> np.ndarray:
         return rng.normal(size=(2, *shape)).astype(DTYPES[dtype])
 
+    def draw_means(dim: int) -> Any:
+        return coded(rng, clusters, dim, stored) if means == "int8" else draw(means, clusters, dim) + DTYPES[means](0.5)
+
     held = Means(
-        keys=draw(means, clusters, dims[0]) + DTYPES[means](0.5),
-        values=draw(means, clusters, dims[1]),
+        keys=draw_means(dims[0]),
+        values=draw_means(dims[1]),
         counts=rng.integers(0, 5, size=(2, clusters)).astype(np.int32),
         spread=abs(draw(stored, clusters, merging.bands(dims[0]))),
         importance=abs(draw(stored, clusters)),
@@ -678,6 +733,8 @@ def stored_case(rng: np.random.Generator, clusters: int, n: int, dims: tuple[int
 
 def wide(x: Any) -> Any:
     """NumPy does not know bfloat16 well enough for the portable code: to float32, which is exact."""
+    if isinstance(x, Codes):
+        return Codes(x.codes, wide(x.scales))
     return x if x is None or x.dtype == np.int32 else x.astype(np.float32)
 
 
@@ -685,8 +742,9 @@ def wide(x: Any) -> Any:
 @pytest.mark.parametrize(("stored", "means"), [
     ("float32", "float32"),
     ("float16", "float16"),
-    ("float16", "float32"),
+    ("float32", "int8"),
     ("bfloat16", "bfloat16"),
+    ("bfloat16", "int8"),
 ])  # fmt: skip
 @pytest.mark.parametrize(
     ("clusters", "window", "leave", "dims"), [(70, 40, 20, (40, 24)), (0, 7, 3, (3, 5)), (9, 70, 35, (128, 128))]
@@ -699,7 +757,8 @@ def test_tokens_are_collected_as_by_the_portable_code(
     keys[1, 2], values[1] = 0, 0  # a key without a direction, a stream without values
     # Behind the sinks of a buffer, as a sketch has them.
     window_keys, window_values = (lab.put(x)[:, 3:] for x in (keys, values))
-    pool, scale = _absorbing.collect(lab.device, held.each(lab.put), window_keys, window_values, leave, 0.7)
+    put = functools.partial(put_codes, lab)
+    pool, scale = _absorbing.collect(lab.device, held.each(put), window_keys, window_values, leave, 0.7)
     expected, expected_scale = PORTABLE["collect"](held.each(wide), wide(keys[:, 3:]), wide(values[:, 3:]), leave, 0.7)
     got = pool.each(lab.get)
     for name in ("keys", "values", "counts", "spread"):
@@ -711,7 +770,7 @@ def test_tokens_are_collected_as_by_the_portable_code(
     # The fourth power of a sum of a few hundred terms of order 1, in another order.
     np.testing.assert_allclose(got.importance, expected.importance, rtol=2e-4)
     np.testing.assert_allclose(lab.get(scale), expected_scale, rtol=1e-5)
-    bare = replace(held, leaders=None, nearest=None).each(lab.put)
+    bare = replace(held, leaders=None, nearest=None).each(put)
     pool, _ = _absorbing.collect(lab.device, bare, window_keys, window_values, leave, 0.7)
     assert pool.leaders is None
     assert pool.nearest is None
@@ -978,13 +1037,13 @@ def test_threshold_clusters_and_samples_are_those_of_the_portable_code(library: 
         np.testing.assert_array_equal(library.get(mine), portables)
 
 
-@pytest.mark.parametrize("heads", [2, 8])
-def test_a_token_is_three_launches(library: Lab, heads: int) -> None:
+@pytest.mark.parametrize(("heads", "storage"), [(2, "input"), (8, "input"), (8, "int8")])
+def test_a_token_is_three_launches(library: Lab, heads: int, storage: Any) -> None:
     if library.name in GPUS:
         pytest.skip("launches are counted in the emulation")
     rng = np.random.default_rng(18)
     queries, keys, values = (library.put(rng.normal(size=(2, h, 60, 8)).astype(np.float16)) for h in (heads, 2, 2))
-    sketch = subgen.AttentionSketch(max_clusters=8, window=16, sink=2)
+    sketch = subgen.AttentionSketch(max_clusters=8, window=16, sink=2, storage=storage)
     sketch.update(keys[:, :, :48], values[:, :, :48], queries[:, :, :48])
     token = [library.device.packed(x[:, :, 48:49]) for x in (queries, keys, values)]
     launches = library.device.launches  # type: ignore[attr-defined]
@@ -998,9 +1057,10 @@ def test_a_token_is_three_launches(library: Lab, heads: int) -> None:
 
 
 # One by one; recorded, and replayed with one over; without queries; and where all are compared anew in between.
+@pytest.mark.parametrize("storage", ["input", "int8"])
 @pytest.mark.parametrize(("turns", "asked", "few"), [(7, True, 768), (8, True, 768), (9, False, 4), (20, True, 4)])
 def test_a_long_block_is_what_its_turns_are(
-    library: Lab, turns: int, asked: bool, few: int, monkeypatch: pytest.MonkeyPatch
+    library: Lab, turns: int, asked: bool, few: int, storage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit, whether they are launched one by one or replayed."""
     monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", few)
@@ -1010,7 +1070,7 @@ def test_a_long_block_is_what_its_turns_are(
     arrays = [library.put(rng.normal(size=(1, h, n + 10, 8)).astype(np.float16))[:, :, :n] for h in (4, 2, 2)]
     states = []
     for size in (n, 8):
-        sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2, seed=3)
+        sketch = subgen.AttentionSketch(max_clusters=24, window=16, sink=2, seed=3, storage=storage)
         for i in range(0, n, size):
             q, k, v = (x[:, :, i : i + size] for x in arrays)
             sketch.update(k, v, q if asked else None)
@@ -1018,14 +1078,21 @@ def test_a_long_block_is_what_its_turns_are(
     whole: Any
     whole, *others = states
     assert whole.n_seen == n
-    used = 24 + whole.n_exact
+    used = whole.n_means + whole.n_exact
     for other in others:
         assert (whole.n_exact, whole.asked) == (other.n_exact, other.asked)
         for name in ("keys", "values", "counts", "spread", "importance", "nearest"):
             mine, theirs = getattr(whole, name), getattr(other, name)
             assert (mine is None) == (theirs is None)
             if mine is not None:
-                np.testing.assert_array_equal(library.get(mine)[:, :used], library.get(theirs)[:, :used])
+                end = used if name in ("keys", "values") else None
+                np.testing.assert_array_equal(library.get(mine)[:, :end], library.get(theirs)[:, :end])
+        for name in ("key_codes", "value_codes"):
+            mine, theirs = getattr(whole, name), getattr(other, name)
+            assert (mine is None) == (storage == "input")
+            if mine is not None:
+                np.testing.assert_array_equal(library.get(mine.codes), library.get(theirs.codes))
+                np.testing.assert_array_equal(library.get(mine.scales), library.get(theirs.scales))
         for name in ("codes", "scales"):
             pair = (library.get(getattr(s.queries, name))[:, : len(s.asked)] for s in (whole, other))
             if asked:

@@ -14,6 +14,7 @@ from ._decoder import Decoder
 from ._operations import (
     absorb_blocks,
     assign_leaders,
+    coded_attention,
     collect,
     decode,
     merge_closest,
@@ -36,6 +37,7 @@ BACKEND = Backend(
         "assign_leaders": assign_leaders,
         "weighted_attention": weighted_attention,
         "sketch_attention": sketch_attention,
+        "coded_attention": coded_attention,
         "merge_closest": merge_closest,
         "write": write,
         "quantize": quantize,

@@ -40,9 +40,10 @@ _NULL = np.uint64(0)
 MOST_DIM = MAX_SHARED // (4 * _WARPS)
 
 
-def absorbing_module(stored: str, means: str) -> Module:
-    """Return the kernels for tokens stored in a dtype, and means in that or in float32."""
-    return Module("absorbing.cu", types=(("ELEMENT", ELEMENTS[stored]), ("MEAN", ELEMENTS[means])))
+def absorbing_module(stored: str, coded: bool = False) -> Module:
+    """Return the kernels for tokens stored in a dtype, and means in that or in 8 bits."""
+    element_type = ELEMENTS[stored]
+    return Module("absorbing.cu", types=(("ELEMENT", element_type), ("MEAN", "signed char" if coded else element_type)))
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,20 @@ def collect(
 ) -> tuple[Means, Array]:
     """Put the tokens that leave behind the clusters; see `subgen.absorbing.collect`. Three launches.
 
-    Keys, values, spread and importance are stored in one dtype of up to 32 bits; means in that or in float32. Keys have
-    at most `MOST_DIM` numbers. The weight is an argument, or in memory.
+    Keys, values, spread and importance are stored in one dtype of up to 32 bits; means in that, or in 8 bits with
+    scales in that. Keys have at most `MOST_DIM` numbers. The weight is an argument, or in memory.
     """
     streams, window, head_dim = keys.shape
     value_dim, (clusters, bands) = values.shape[-1], held.spread.shape[1:]
     stored, places = element(keys.dtype), clusters + leave
-    module = absorbing_module(stored, element(held.keys.dtype))
+    means, scales = [held.keys, held.values], [None, None]
+    coded = isinstance(held.keys, Codes)
+    if coded:
+        means, scales = [x.codes for x in means], [device.packed(x.scales) for x in means]
+    module = absorbing_module(stored, coded)
     rows = clusters + window
     chunks = ceil_div(rows, _ROWS)
-    (held_keys, held_key_step), (held_values, held_value_step) = map(device.streams, (held.keys, held.values))
+    (held_keys, held_key_step), (held_values, held_value_step) = map(device.streams, means)
     (keys, key_step), (values, value_step) = map(device.streams, (keys, values))
     counts, spread, importance = map(device.packed, (held.counts, held.spread, held.importance))
     leaders = None if held.leaders is None else device.packed(held.leaders)
@@ -109,7 +114,8 @@ def collect(
     lengths, away = device.empty((streams, rows), "float32"), device.empty((streams, rows), "float32")
     norms, value_scale = device.empty((streams, window), "float32"), device.empty((streams,), "float32")
     arguments = [
-        *(address(device, x) for x in (held_keys, held_values, counts, spread, importance, leaders, nearest)),
+        *(address(device, x) for x in (held_keys, held_values, *scales)),
+        *(address(device, x) for x in (counts, spread, importance, leaders, nearest)),
         *(address(device, x) for x in (keys, values)),
         *(i64(step) for step in (held_key_step, held_value_step, key_step, value_step)),
         *(i32(x) for x in (clusters, window, leave, head_dim, value_dim, bands)),
@@ -118,7 +124,7 @@ def collect(
     ]
     device.run(Launch(module, "gather", streams * chunks, _THREADS, arguments, shared=4 * _WARPS * head_dim))
     arguments = [
-        *(address(device, x) for x in (held_keys, keys, sums, lengths)),
+        *(address(device, x) for x in (held_keys, scales[0], keys, sums, lengths)),
         *(i64(step) for step in (held_key_step, key_step)),
         *(i32(x) for x in (clusters, window, head_dim)),
         address(device, away),
@@ -147,7 +153,7 @@ def query_moment(device: Device, queries: Codes, asked: int) -> Array:
         address(device, moment),
     ]
     blocks = streams * ceil_div(head_dim, _TILE) ** 2
-    module = absorbing_module("float32", "float32")
+    module = absorbing_module("float32")
     device.run(Launch(module, "query_moment", blocks, _THREADS, arguments, aside=True))
     return moment
 
@@ -165,7 +171,7 @@ def key_moment(device: Device, keys: Array, scale: float | None) -> Array:
         f64(1.0 / head_dim if scale is None else scale * scale),
         address(device, moment),
     ]
-    device.run(Launch(absorbing_module(dtype, dtype), "key_moment", streams, _KEY_THREADS, arguments, aside=True))
+    device.run(Launch(absorbing_module(dtype), "key_moment", streams, _KEY_THREADS, arguments, aside=True))
     return moment
 
 
@@ -300,4 +306,4 @@ def settle_into(
         *(address(device, x) for x in arriving),
         *(i64(step) for step in steps),
     ]
-    device.run(Launch(absorbing_module(dtype, dtype), "settle", ceil_div(rows, _WARPS), _THREADS, arguments))
+    device.run(Launch(absorbing_module(dtype), "settle", ceil_div(rows, _WARPS), _THREADS, arguments))

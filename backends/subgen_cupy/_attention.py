@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, lru_cache
 
 from subgen.merging import bands as bands_of
+from subgen.rounding import Codes
 
 from ._launch import ELEMENTS, MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, f32, i32, i64
 
@@ -35,6 +36,7 @@ def attention_module(
     bands: int,
     query_dtype: str = "float32",
     output_dtype: str = "float32",
+    coded: bool = False,
 ) -> Module:
     """Choose the variant of the kernels for a shape.
 
@@ -44,6 +46,8 @@ def attention_module(
         Names in `ELEMENTS`: of keys and values, and of the spread of clusters.
     head_dim, value_dim, rows, bands : int
     query_dtype, output_dtype : str
+    coded : bool
+        Whether means of clusters are in 8 bits.
 
     Returns
     -------
@@ -89,6 +93,7 @@ def attention_module(
             ("LANES", lanes),
             ("AHEAD", ahead),
             ("BLOCKS", 3 if held <= 16 else 2),
+            ("CODED", int(coded)),
         ),
     )
 
@@ -122,6 +127,7 @@ def attend(
     scale: float = 1.0,
     output_dtype: str = "float32",
     counters: Array | None = None,
+    codes: tuple[Codes, Codes] | None = None,
 ) -> tuple[Array, Array]:
     """Weighted attention over merged clusters, and over exact pairs behind them.
 
@@ -143,6 +149,8 @@ def attend(
         Numbers beyond it become its largest.
     counters : int64 array, shape (2,), or None
         Its first element is one less than how many of the exact pairs there are; None, and all are.
+    codes : (Codes, Codes), or None
+        Means of the clusters in 8 bits, their scales in the dtype of keys and values, which are then exact pairs alone.
 
     Returns
     -------
@@ -152,7 +160,7 @@ def attend(
     streams, rows, head_dim = queries.shape
     value_dim = values.shape[-1]
     mean_count = 0 if clusters is None else clusters[0].shape[1]
-    exact_count = keys.shape[1] - mean_count
+    exact_count = keys.shape[1] - (mean_count if codes is None else 0)
     queries = device.packed(queries)
     (keys, keys_per_stream), (values, values_per_stream) = device.streams(keys), device.streams(values)
     dtype = element(keys.dtype)
@@ -168,7 +176,11 @@ def attend(
         per_row = 0 if weights.shape[1] == 1 else exact_count
         per_stream = 0 if weights.shape[0] == 1 else weights.shape[1] * exact_count
     query_dtype = element(queries.dtype)
-    module = attention_module(dtype, spread_dtype, head_dim, value_dim, rows, bands, query_dtype, output_dtype)
+    coded: list[Array | None] = [None] * 4
+    if codes is not None and mean_count:
+        coded = [device.packed(x) for x in (*(of.codes for of in codes), *(of.scales for of in codes))]
+    shape = head_dim, value_dim, rows, bands
+    module = attention_module(dtype, spread_dtype, *shape, query_dtype, output_dtype, coded[0] is not None)
     tiles, exact_pieces, mean_pieces = _cut(module, streams, rows, exact_count, mean_count, device.multiprocessors)
     pieces = exact_pieces + mean_pieces
     outputs = device.empty((streams, rows, value_dim), output_dtype)
@@ -187,7 +199,7 @@ def attend(
                 i32(rows),
                 *(address(device, x) for x in (keys, values)),
                 *(i64(x) for x in (keys_per_stream, values_per_stream)),
-                *(address(device, x) for x in (counts, spread)),
+                *(address(device, x) for x in (*coded, counts, spread)),
                 *(i32(x) for x in (mean_count, mean_pieces)),
                 address(device, weights),
                 *(i64(x) for x in (per_stream, per_row)),

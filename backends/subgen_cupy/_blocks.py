@@ -109,15 +109,17 @@ class _Held:
 
 
 def _parts(stored: Stored, clusters: int, remember: bool) -> _Held:
+    coded = stored.key_codes is not None
+    before = 0 if coded else clusters
     means = Means(
-        stored.keys[:, :clusters],
-        stored.values[:, :clusters],
+        stored.key_codes if coded else stored.keys[:, :clusters],
+        stored.value_codes if coded else stored.values[:, :clusters],
         stored.counts,
         stored.spread,
         stored.importance,
         nearest=stored.nearest if remember else None,
     )
-    return _Held(means, stored.keys[:, clusters:], stored.values[:, clusters:], stored.queries)
+    return _Held(means, stored.keys[:, before:], stored.values[:, before:], stored.queries)
 
 
 def absorb_blocks(
@@ -150,7 +152,8 @@ def absorb_blocks(
     (streams, exact, head_dim), (clusters, bands) = keys.shape, held.spread.shape[1:]
     dtype, sizes = element(keys.dtype), (streams, clusters, exact, queries.scales.shape[1], bands)
     asked, remember = tokens.queries is not None, held.nearest is not None
-    sets = [stored_like(device, dtype, (head_dim, values.shape[-1]), sizes, False, whole=True) for _ in range(2)]
+    dims, coded = (head_dim, values.shape[-1]), isinstance(held.keys, Codes)
+    sets = [stored_like(device, dtype, dims, sizes, coded, whole=True) for _ in range(2)]
     tokens = _packed(device, tokens)
     table = device.upload(np.array([_numbers(turn) for turn in turns]))
     counters = device.upload(np.zeros(2, dtype=np.int64))
@@ -180,7 +183,8 @@ def absorb_blocks(
         for launch in first:
             device.run(launch)
     last = sets[one_more]
-    settled = Settled(last.keys, last.values, last.spread, last.importance, None, None, last.queries)
+    codes = last.key_codes, last.value_codes
+    settled = Settled(last.keys, last.values, last.spread, last.importance, *codes, last.queries)
     return Turned(settled, last.counts, last.nearest if remember else None)
 
 

@@ -10,6 +10,7 @@ from subgen._array import Array, array_namespace
 from subgen._checks import check_scale
 from subgen.backends import operations_for
 from subgen.means import ClusterMeans, MeansState, own_copy
+from subgen.rounding import Codes
 from subgen.sketch import Layout
 from subgen.tail import Tail
 from subgen.weighted import unfold_groups
@@ -41,8 +42,8 @@ class Decoder:
     TypeError
         If it is not a sketch of such arrays.
     ValueError
-        If arrays of it could not stay where they are: with a budget that grows, ``delta``, ``storage="int8"`` or
-        ``residual_samples``; before all clusters are there; or with ``check_finite``, which waits for the device.
+        If arrays of it could not stay where they are: with a budget that grows, ``delta`` or ``residual_samples``;
+        before all clusters are there; or with ``check_finite``, which waits for the device.
 
     Examples
     --------
@@ -147,6 +148,8 @@ class Decoder:
                 values=state.values,
                 counts=state.counts,
                 spread=state.spread,
+                key_codes=state.key_codes,
+                value_codes=state.value_codes,
                 queries=state.queries,
                 tail=Tail(None),
             )
@@ -165,7 +168,6 @@ def _checked(sketch: AttentionSketch) -> tuple[ClusterMeans, MeansState, Layout]
         raise ValueError("the sketch is empty: update it until all of its clusters are there, then make the Decoder")
     changing = {
         "delta": method.delta is not None,
-        'storage="int8"': method.storage != "input",
         "residual_samples": method.residual_samples > 0,
         "check_finite": sketch.check_finite,
     }
@@ -186,11 +188,26 @@ def _checked(sketch: AttentionSketch) -> tuple[ClusterMeans, MeansState, Layout]
 
 def _places(state: MeansState) -> list[Array]:
     """List what a step reads or writes."""
-    return [state.keys, state.values, state.counts, state.spread, state.queries.codes, state.queries.scales]
+    codes = [x for x in (state.key_codes, state.value_codes, state.queries) if x is not None]
+    return [state.keys, state.values, state.counts, state.spread, *(y for x in codes for y in (x.codes, x.scales))]
 
 
 def _alone(state: MeansState) -> MeansState:
     """Copy what a step reads or writes; nobody may write into what is returned, but who made it."""
     xp = array_namespace(state.keys)
-    counts, spread = xp.asarray(state.counts, copy=True), xp.asarray(state.spread, copy=True)
-    return replace(own_copy(state, 0), counts=counts, spread=spread, tail=Tail(None))
+
+    def copied(x: Array) -> Array:
+        return xp.asarray(x, copy=True)
+
+    codes = (
+        None if x is None else Codes(copied(x.codes), copied(x.scales)) for x in (state.key_codes, state.value_codes)
+    )
+    key_codes, value_codes = codes
+    return replace(
+        own_copy(state, 0),
+        counts=copied(state.counts),
+        spread=copied(state.spread),
+        key_codes=key_codes,
+        value_codes=value_codes,
+        tail=Tail(None),
+    )

@@ -79,5 +79,6 @@ def decode(
         scale=scale,
         output_dtype=stored,
         counters=counters,
+        codes=None if held.key_codes is None or held.value_codes is None else (held.key_codes, held.value_codes),
     )
     return Decoded(held.keys, held.values, held.queries, outputs)

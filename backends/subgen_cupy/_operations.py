@@ -21,6 +21,7 @@ from ._launch import ALIGNMENT, Array, Device, element
 __all__ = [
     "absorb_blocks",
     "assign_leaders",
+    "coded_attention",
     "collect",
     "decode",
     "device_of",
@@ -111,6 +112,36 @@ def sketch_attention(
     return _attention.attend(device_of(rows), rows, keys, values, (counts, spread))
 
 
+def coded_attention(
+    rows: Array,
+    keys: Array,
+    values: Array,
+    counts: Array,
+    spread: Array,
+    key_codes: Codes,
+    value_codes: Codes,
+    causal: int,
+    ops: Any,
+) -> tuple[Array, Array]:
+    """Attention over clusters in 8 bits, and over exact pairs; see `subgen.mass.coded_attention`.
+
+    One pass over both, as in `sketch_attention`.
+    """
+    stored = element(keys.dtype)
+    if causal > 1 or not _few_rows(rows, keys, values) or not _coded_in(stored, spread, key_codes, value_codes):
+        answer: tuple[Array, Array] = _without("coded_attention", rows)(
+            rows, keys, values, counts, spread, key_codes, value_codes, causal, ops
+        )
+        return answer
+    codes = key_codes, value_codes
+    return _attention.attend(device_of(rows), rows, keys, values, (counts, spread), codes=codes)
+
+
+def _coded_in(stored: str, spread: Array, *codes: Codes) -> bool:
+    """Whether means in 8 bits, if they are, have scales in a dtype, and spread is stored as kernels read it."""
+    return element(spread.dtype) in _STORED and {element(x.scales.dtype) for x in codes} <= {stored}
+
+
 def merge_closest(
     means: Means, metric: Array | None, value_scale: Array, most: int, places: int
 ) -> tuple[Means, Array]:
@@ -152,11 +183,10 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
 def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) -> tuple[Means, Array]:
     """Put the tokens that leave the window behind the clusters; see `subgen.absorbing.collect`."""
     stored = element(keys.dtype)
+    arrays = (*_numbers(held), values, held.spread, held.importance)
     taken = (
         stored in _STORED
-        and {element(x.dtype) for x in (values, held.spread, held.importance)} == {stored}
-        and element(held.keys.dtype) == element(held.values.dtype)
-        and element(held.keys.dtype) in (stored, "float32")
+        and {element(x.dtype) for x in arrays} == {stored}
         and keys.shape[-1] <= _absorbing.MOST_DIM
         and 0 not in (keys.size, values.size)
     )
@@ -164,6 +194,11 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
         answer: tuple[Means, Array] = _without("collect", keys)(held, keys, values, leave, weight)
         return answer
     return _absorbing.collect(device_of(keys), held, keys, values, leave, weight)
+
+
+def _numbers(held: Means) -> list[Array]:
+    """Return the means of keys and values, or their scales if they are in 8 bits."""
+    return [x.scales if isinstance(x, Codes) else x for x in (held.keys, held.values)]
 
 
 def query_moment(keys: Array, queries: Codes, asked: tuple[bool, ...], scale: float | None) -> Array:
@@ -205,7 +240,7 @@ def absorb_blocks(
 
     Recorded as a CUDA graph and replayed, where there are enough turns and kernels take the arrays as they lie.
     """
-    stored, arrays = element(keys.dtype), (held.keys, held.values, held.spread, held.importance, values)
+    stored, arrays = element(keys.dtype), (*_numbers(held), held.spread, held.importance, values)
     size = 4 if stored == "float32" else 2
     taken = (
         len(turns) >= _blocks.FEWEST_TURNS
@@ -241,7 +276,7 @@ def takes_in(held: Held, queries: Array, keys: Array, values: Array) -> bool:
     return (
         _few_rows(queries, keys, values, _STORED)
         and {element(x.dtype) for x in (queries, held.keys, held.values)} == {stored}
-        and element(held.spread.dtype) in _STORED
+        and _coded_in(stored, held.spread, *(x for x in (held.key_codes, held.value_codes) if x is not None))
         and element(held.queries.scales.dtype) == "float32"
         and held.queries.codes.shape[1] > 0
         and all(_decoding.stays(device, x) for x in (held.keys, held.values, held.queries.codes, held.queries.scales))

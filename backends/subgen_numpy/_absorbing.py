@@ -42,8 +42,10 @@ def absorb(
     """Let the oldest tokens of the window join the clusters, and merge; see `subgen.absorbing.absorb`."""
     given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded, ops)
     loops = compiled("absorbing")
+    if loops is None or coded:
+        return absorbing.absorb(*given)
     wide = keys.dtype in (np.float32, np.float64) and held.keys.dtype == held.spread.dtype == keys.dtype
-    if loops is None or coded or not wide or held.leaders is not None or not held.counts.all():
+    if not wide or held.leaders is not None or not held.counts.all():
         return absorbing.absorb(*given)
     streams, n = held.counts.shape
     room = keys.shape[1]

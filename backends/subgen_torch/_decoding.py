@@ -31,6 +31,8 @@ class _Shared:
     values: NDArray[Any]
     counts: NDArray[np.int32]
     spread: NDArray[Any]
+    key_codes: Codes | None
+    value_codes: Codes | None
     queries: Codes
     n_means: int
     n_exact: int
@@ -51,6 +53,8 @@ def decode(held: Held, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
         values=shared(held.values),
         counts=shared(held.counts),
         spread=shared(held.spread),
+        key_codes=None if held.key_codes is None else shared(held.key_codes),
+        value_codes=None if held.value_codes is None else shared(held.value_codes),
         queries=shared(held.queries),
         n_means=held.n_means,
         n_exact=held.n_exact,

@@ -13,7 +13,7 @@ from typing import Any
 from ._array import Array, array_namespace, compute_dtype
 from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
-from .rounding import Codes, Dither, quantize, round_to
+from .rounding import Codes, Dither, dequantize, quantize, round_to
 
 __all__ = ["VALUE_WEIGHT", "Absorbed", "Dithers", "Settled", "absorb", "collect", "settle", "value_scale", "widened"]
 
@@ -61,9 +61,10 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
 
 def widened(means: Means, wide: object) -> Means:
     """Cast what is stored to the dtype to compute in; counts, leaders and nearest others stay."""
-    xp = array_namespace(means.keys)
+    xp = array_namespace(means.counts)
     keys, values, spread, importance = (
-        xp.astype(x, wide, copy=False) for x in (means.keys, means.values, means.spread, means.importance)
+        dequantize(x, wide) if isinstance(x, Codes) else xp.astype(x, wide, copy=False)
+        for x in (means.keys, means.values, means.spread, means.importance)
     )
     return replace(means, keys=keys, values=values, spread=spread, importance=importance)
 
@@ -205,7 +206,7 @@ def absorb(
         Clusters that may be left.
     dithers : Dithers
     coded : bool
-        Whether means are stored in 8 bits; see `settle`.
+        Whether means are stored in 8 bits, those that are held too; see `settle`.
     ops : Operations
         `collect`, `subgen.metric.query_moment`, `subgen.merging.merge_closest` and `settle`, one after the other, are
         what this is.

@@ -43,7 +43,7 @@ from .blocks import Turned, absorb_blocks
 from .clustering import assign_leaders
 from .counter import threefry2x32
 from .decoding import Decoded, decode
-from .mass import sketch_attention
+from .mass import coded_attention, sketch_attention
 from .merging import merge_closest
 from .metric import query_moment
 from .queries import query_codes
@@ -64,6 +64,7 @@ class Operations:
     assign_leaders: Callable[..., Any] = assign_leaders
     weighted_attention: Callable[..., tuple[Array, Array]] = weighted_attention
     sketch_attention: Callable[..., tuple[Array, Array]] = sketch_attention
+    coded_attention: Callable[..., tuple[Array, Array]] = coded_attention
     merge_closest: Callable[..., tuple[Any, Array]] = merge_closest
     write: Callable[..., Array] = write
     quantize: Callable[..., Codes] = quantize

@@ -79,7 +79,7 @@ def absorb_blocks(
     Parameters
     ----------
     held : Means
-        The clusters, as they are stored, and not in 8 bits; without leaders. As many are left after each turn.
+        The clusters, as they are stored; without leaders. As many are left after each turn.
     keys, values : array, shape (streams, sink + window, dim)
         The exact tokens, as they are stored; the window is full.
     queries : Codes, of shape (streams, window, head_dim)
@@ -101,12 +101,14 @@ def absorb_blocks(
     """
     clusters, window = held.counts.shape[1], queries.scales.shape[1]
     asked = (tokens.queries is not None,) * window
-    place, at = clusters + keys.shape[1] - leave, window - leave
+    coded = isinstance(held.keys, Codes)
+    before = 0 if coded else clusters
+    place, at = before + keys.shape[1] - leave, window - leave
     for i, turn in enumerate(turns):
         if turn.anew:
             held = replace(held, nearest=nobody(held.counts))
         absorbed = ops.absorb(
-            held, keys, values, queries, asked, scale, leave, turn.weight, clusters, turn.dithers, False, ops
+            held, keys, values, queries, asked, scale, leave, turn.weight, clusters, turn.dithers, coded, ops
         )
         part = slice(i * leave, (i + 1) * leave)
         settled: Settled = absorbed.settled
@@ -120,10 +122,10 @@ def absorb_blocks(
             values=ops.write(settled.values, place, tokens.values[:, part, :]),
             queries=queries,
         )
-        keys, values = settled.keys[:, clusters:, :], settled.values[:, clusters:, :]
+        keys, values = settled.keys[:, before:, :], settled.values[:, before:, :]
         held = Means(
-            settled.keys[:, :clusters, :],
-            settled.values[:, :clusters, :],
+            settled.key_codes if coded else settled.keys[:, :clusters, :],
+            settled.value_codes if coded else settled.values[:, :clusters, :],
             absorbed.counts,
             settled.spread,
             settled.importance,

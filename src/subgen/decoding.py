@@ -9,7 +9,7 @@ from ._array import Array, narrow
 from .rounding import Codes
 from .weighted import scaled
 
-__all__ = ["Decoded", "Held", "decode", "n_sinks", "written"]
+__all__ = ["Decoded", "Held", "answer", "decode", "n_sinks", "written"]
 
 
 class Held(Protocol):
@@ -30,6 +30,14 @@ class Held(Protocol):
     @property
     def spread(self) -> Array:
         """See `subgen.merging.Means`; shape (streams, clusters, bands)."""
+
+    @property
+    def key_codes(self) -> Codes | None:
+        """Means of the keys of clusters, if they are in 8 bits; shape (streams, clusters, head_dim)."""
+
+    @property
+    def value_codes(self) -> Codes | None:
+        """Means of their values, then."""
 
     @property
     def queries(self) -> Codes:
@@ -74,15 +82,15 @@ def decode(held: Held, queries: Array, keys: Array, values: Array, scale: float,
     Parameters
     ----------
     held : Held
-        Means are not in 8 bits, and there is room for the token.
+        There is room for the token.
     queries : array, shape (streams, group, head_dim)
         As they came, of the query heads that share a stream; they take turns in being kept.
     keys, values : array, shape (streams, 1, dim)
     scale : float
         Factor of the logits.
     ops : Operations
-        `subgen.rounding.quantize`, `subgen.tail.write` and `subgen.mass.sketch_attention`, one after the other, are
-        what this is. As with ``write``, what is behind the exact tokens is nobody's, and may be written in place.
+        `subgen.rounding.quantize`, `subgen.tail.write` and `answer`, one after the other, are what this is. As with
+        ``write``, what is behind the exact tokens is nobody's, and may be written in place.
 
     Returns
     -------
@@ -95,10 +103,37 @@ def decode(held: Held, queries: Array, keys: Array, values: Array, scale: float,
         codes = ops.quantize(rows[:, member : member + 1, :], held.queries.scales.dtype)
     new_keys, new_values, new_queries = written(held, keys, values, codes, ops)
     used = held.n_means + held.n_exact + 1
-    outputs, _ = ops.sketch_attention(
-        rows, new_keys[:, :used, :], new_values[:, :used, :], held.counts, held.spread, 1, ops.weighted_attention
-    )
+    outputs, _ = answer(held, rows, new_keys[:, :used, :], new_values[:, :used, :], 1, ops)
     return Decoded(new_keys, new_values, new_queries, narrow(outputs, queries))
+
+
+def answer(held: Held, rows: Array, keys: Array, values: Array, causal: int, ops: Any) -> tuple[Array, Array]:
+    """Outputs and logsumexp of scaled queries over the clusters that are held and the exact pairs.
+
+    Parameters
+    ----------
+    held : Held
+    rows : array, shape (streams, m, head_dim)
+    keys, values : array, shape (streams, n, dim)
+        What is held up to the last exact pair.
+    causal : int
+        See `subgen.mass.sketch_attention`.
+    ops : Operations
+
+    Returns
+    -------
+    outputs : array, shape (streams, m, value_dim)
+    logsumexp : array, shape (streams, m)
+    """
+    counts, spread = held.counts, held.spread
+    answered: tuple[Array, Array]
+    if held.key_codes is None:
+        answered = ops.sketch_attention(rows, keys, values, counts, spread, causal, ops.weighted_attention)
+    else:
+        answered = ops.coded_attention(
+            rows, keys, values, counts, spread, held.key_codes, held.value_codes, causal, ops
+        )
+    return answered
 
 
 def n_sinks(held: Held) -> int:

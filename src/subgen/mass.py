@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from ._array import Array, array_namespace
 from .merging import band_means
-from .weighted import causal_bias, weighted_attention
+from .rounding import Codes, dequantize
+from .weighted import causal_bias, merge_attention, weighted_attention
 
-__all__ = ["half_variance", "log_weights", "sketch_attention"]
+__all__ = ["coded_attention", "half_variance", "log_weights", "sketch_attention"]
 
 
 def log_weights(rows: Array, counts: Array, spread: Array) -> Array:
@@ -92,3 +94,44 @@ def sketch_attention(
         bias = xp.broadcast_to(bias, (streams, m, exact))
         bias = xp.concat([log_weights(rows, counts, spread), bias], axis=2)
     return weighted(rows, keys, values, bias)
+
+
+def coded_attention(
+    rows: Array,
+    keys: Array,
+    values: Array,
+    counts: Array,
+    spread: Array,
+    key_codes: Codes,
+    value_codes: Codes,
+    causal: int,
+    ops: Any,
+) -> tuple[Array, Array]:
+    """Attention over clusters whose means are in 8 bits, and over exact pairs.
+
+    Parameters
+    ----------
+    rows : array, shape (streams, m, head_dim)
+        Scaled queries, in the dtype to compute in.
+    keys, values : array, shape (streams, exact, dim)
+        The exact pairs, in any floating dtype.
+    counts, spread
+        Of the clusters; see `sketch_attention`.
+    key_codes, value_codes : Codes, of shape (streams, clusters, dim)
+        Their means.
+    causal : int
+        See `sketch_attention`.
+    ops : Operations
+        ``sketch_attention`` of the exact pairs, and of the means when they are widened, put together, is what this is.
+
+    Returns
+    -------
+    outputs : array, shape (streams, m, value_dim)
+    logsumexp : array, shape (streams, m)
+    """
+    attend, weighted = ops.sketch_attention, ops.weighted_attention
+    exact: tuple[Array, Array] = attend(rows, keys, values, counts[:, :0], spread[:, :0, :], causal, weighted)
+    if not counts.shape[1]:
+        return exact
+    keys, values = dequantize(key_codes, rows.dtype), dequantize(value_codes, rows.dtype)
+    return merge_attention(exact, attend(rows, keys, values, counts, spread, 0, weighted))

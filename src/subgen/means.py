@@ -30,13 +30,13 @@ from .blocks import Tokens, Turn
 from .budget import Budget, Footprint
 from .clustering import room_for
 from .counter import stream_key
-from .decoding import written
+from .decoding import answer, written
 from .leaders import join_leaders
 from .merging import Means, bands, n_live, nobody
 from .residual import Residual, correct, empty_residual, sample_tokens
-from .rounding import Codes, dequantize, dither, dithers
+from .rounding import Codes, dither, dithers
 from .tail import Tail
-from .weighted import join_rows, merge_attention, scaled
+from .weighted import join_rows, scaled
 
 __all__ = [
     "COMPARE_ALL",
@@ -243,7 +243,7 @@ class ClusterMeans:
         xp = array_namespace(keys)
         streams, group, n, head_dim = queries.shape
         scale = check_scale(self.scale, head_dim)
-        if n == 1 and self.storage == "input":
+        if n == 1:
             state, output = self._decode(state, queries[:, :, 0, :], keys, values, scale, heads, ops)
             return state, output[:, :, None, :]
         rows = scaled(queries, scale)
@@ -421,7 +421,6 @@ class ClusterMeans:
             and state.n_exact == self.sink + self.window
             and self.delta is None
             and state.residual is None
-            and state.key_codes is None
             and set(state.asked) == {asked}
             and (state.nearest is not None) == (places > FEW_CLUSTERS)
             and self.most(state, state.n_seen + n, places + self.block) == places
@@ -541,11 +540,10 @@ class ClusterMeans:
         )
 
     def stored(self, state: MeansState) -> Means:
-        """Return the clusters as they are stored; those in 8 bits in the dtype to compute in."""
-        keys, values = state.keys[:, : state.n_means, :], state.values[:, : state.n_means, :]
-        if state.key_codes is not None and state.value_codes is not None:
-            wide = compute_dtype(state.keys)
-            keys, values = dequantize(state.key_codes, wide), dequantize(state.value_codes, wide)
+        """Return the clusters as they are stored."""
+        keys, values = state.key_codes, state.value_codes
+        if keys is None:
+            keys, values = state.keys[:, : state.n_means, :], state.values[:, : state.n_means, :]
         return Means(keys, values, state.counts, state.spread, state.importance, state.leaders, state.nearest)
 
     def means(self, state: MeansState, wide: object) -> Means:
@@ -556,16 +554,7 @@ class ClusterMeans:
 def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tuple[Array, Array]:
     """Outputs and logsumexp over the clusters, the sinks and the window; `causal` as in `sketch_attention`."""
     used = state.n_means + state.n_exact
-    keys, values = state.keys[:, :used, :], state.values[:, :used, :]
-    weighted = ops.weighted_attention
-    if state.key_codes is None or state.value_codes is None:
-        return ops.sketch_attention(rows, keys, values, state.counts, state.spread, causal, weighted)
-    nothing = state.counts[:, :0]
-    exact = ops.sketch_attention(rows, keys, values, nothing, state.spread[:, :0, :], causal, weighted)
-    if not state.counts.shape[1]:
-        return exact
-    keys, values = dequantize(state.key_codes, rows.dtype), dequantize(state.value_codes, rows.dtype)
-    return merge_attention(exact, ops.sketch_attention(rows, keys, values, state.counts, state.spread, 0, weighted))
+    return answer(state, rows, state.keys[:, :used, :], state.values[:, :used, :], causal, ops)
 
 
 def _in_places_behind(counts: Array, n: int) -> Array:

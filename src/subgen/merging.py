@@ -26,7 +26,7 @@ class Means:
     Attributes
     ----------
     keys, values : array, shape (streams, clusters, head_dim) and (streams, clusters, value_dim)
-        Means of the members.
+        Means of the members. As they are stored they may be `subgen.rounding.Codes`.
     counts : int32 array, shape (streams, clusters)
         Number of members; zero marks a place that is free.
     spread : array, shape (streams, clusters, bands)

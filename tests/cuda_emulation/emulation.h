@@ -426,6 +426,12 @@ inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __longlong_as_double(long long x) { double y; memcpy(&y, &x, 8); return y; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned places) {
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  unsigned x = 0;
+  for (int k = 0; k < 4; k++) x |= (unsigned)(bytes >> 8 * (places >> 4 * k & 7) & 255) << 8 * k;
+  return x;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class T> T __ldg(const T* p) { return *p; }

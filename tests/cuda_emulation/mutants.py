@@ -47,6 +47,8 @@ class Sketch:
     values: np.ndarray
     counts: np.ndarray
     spread: np.ndarray
+    key_codes: Codes | None
+    value_codes: Codes | None
     queries: Codes
     n_means: int
     n_exact: int
@@ -61,7 +63,7 @@ def _decode(device: EmulatedDevice) -> list[Any]:
         keys, values = rng.normal(size=(2, 2, 50, 64)).astype(np.float16)
         counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int32), rng.random((2, 40, 4)).astype(np.float16)
         codes = Codes(np.zeros((2, 8, 64), np.int8), np.zeros((2, 8), np.float32))
-        held = Sketch(keys, values, counts, spread, codes, 40, n_exact, n_exact + 41)
+        held = Sketch(keys, values, counts, spread, None, None, codes, 40, n_exact, n_exact + 41)
         counters = None
         if counted:
             counters = np.zeros(2, np.int64)
@@ -161,7 +163,7 @@ def _absorb(device: EmulatedDevice) -> list[Any]:
 
 def cases() -> Iterator[tuple[Module, Callable[[EmulatedDevice], list[Any]]]]:
     """Give each module that has barriers or mistakes, and something that runs all of its kernels."""
-    yield _absorbing.absorbing_module("float32", "float32"), _absorb
+    yield _absorbing.absorbing_module("float32"), _absorb
     yield _attention.attention_module("float32", "float32", 64, 64, 4, 4), _attend
     yield _decoding.decoding_module("float16", "float16"), _decode
     yield _leaders.leaders_module("float32"), _lead

@@ -7,8 +7,8 @@
 // `query_moment`: the metric of the merging.
 // `settle`: clusters rounded to what they are stored in, before the exact tokens that stay.
 //
-// Tokens are stored as ELEMENT, and so are spread and importance; means as MEAN, which is float where they came from 8
-// bits. A row is a cluster or, behind the clusters, a token of the window. A warp takes a row, and a block BLOCK_ROWS of them.
+// Tokens are stored as ELEMENT, and so are spread and importance; means as MEAN, which is that, or 8 bits and a scale for
+// each. A row is a cluster or, behind the clusters, a token of the window. A warp takes a row, and a block BLOCK_ROWS of them.
 
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
@@ -24,12 +24,12 @@ enum { WEIGHT, DRAWN_KEYS, DRAWN_VALUES, DRAWN_SPREAD, DRAWN_IMPORTANCE, ANEW };
 
 __device__ __forceinline__ float or_one(float length) { return length > 0.0f ? length : 1.0f; }
 
-// Widens a row into a place, if there is one, by a warp; its length.
+// Widens a row, times its scale, into a place, if there is one, by a warp; its length.
 template <class T>
-__device__ __forceinline__ float widen_row(const T* from, float* to, int n) {
+__device__ __forceinline__ float widen_row(const T* from, float scale, float* to, int n) {
   float squared = 0.0f;
   for (int d = threadIdx.x % 32; d < n; d += 32) {
-    const float x = widen(from[d]);
+    const float x = widen(from[d]) * scale;
     squared += x * x;
     if (to) to[d] = x;
   }
@@ -38,14 +38,17 @@ __device__ __forceinline__ float widen_row(const T* from, float* to, int n) {
 
 // Adds the direction of a key so many times, by a warp.
 template <class T>
-__device__ __forceinline__ void add_direction(const T* key, float length, float count, int head_dim, float* sum) {
-  for (int d = threadIdx.x % 32; d < head_dim; d += 32) sum[d] += widen(key[d]) / length * count;
+__device__ __forceinline__ void add_direction(const T* key, float scale, float length, float count, int head_dim,
+                                              float* sum) {
+  for (int d = threadIdx.x % 32; d < head_dim; d += 32) sum[d] += widen(key[d]) * scale / length * count;
 }
 
 // Steps are those from stream to stream. `sums` are of shape (streams, chunks, head_dim); `lengths` of keys, (streams,
 // clusters + window); `norms` of the values of the window. The pool of what may merge has `clusters + leave` places.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values, const int* __restrict__ held_counts,
+gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
+       const ELEMENT* __restrict__ key_scales, const ELEMENT* __restrict__ value_scales,
+       const int* __restrict__ held_counts,
        const ELEMENT* __restrict__ held_spread, const ELEMENT* __restrict__ held_importance,
        const ELEMENT* __restrict__ held_leaders, const int* __restrict__ held_nearest,
        const ELEMENT* __restrict__ window_keys, const ELEMENT* __restrict__ window_values,
@@ -74,9 +77,11 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
       const long long cluster = stream * clusters + row;
       const MEAN* key = held_keys + stream * held_key_step + (long long)row * head_dim;
       const int count = held_counts[cluster];
-      length = or_one(widen_row(key, to_key, head_dim));
-      add_direction(key, length, (float)count, head_dim, sum);
-      widen_row(held_values + stream * held_value_step + (long long)row * value_dim, to_value, value_dim);
+      const float scale = key_scales ? widen(key_scales[cluster]) : 1.0f;
+      length = or_one(widen_row(key, scale, to_key, head_dim));
+      add_direction(key, scale, length, (float)count, head_dim, sum);
+      widen_row(held_values + stream * held_value_step + (long long)row * value_dim,
+                value_scales ? widen(value_scales[cluster]) : 1.0f, to_value, value_dim);
       for (int d = lane; leaders && d < head_dim; d += 32)
         leaders[place * head_dim + d] = held_leaders[cluster * head_dim + d];
       for (int b = lane; b < bands; b += 32) spread[place * bands + b] = widen(held_spread[cluster * bands + b]);
@@ -88,10 +93,10 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
     } else {
       const int token = row - clusters;
       const ELEMENT* key = window_keys + stream * key_step + (long long)token * head_dim;
-      length = or_one(widen_row(key, to_key, head_dim));
-      add_direction(key, length, 1.0f, head_dim, sum);
+      length = or_one(widen_row(key, 1.0f, to_key, head_dim));
+      add_direction(key, 1.0f, length, 1.0f, head_dim, sum);
       const float norm =
-          widen_row(window_values + stream * value_step + (long long)token * value_dim, to_value, value_dim);
+          widen_row(window_values + stream * value_step + (long long)token * value_dim, 1.0f, to_value, value_dim);
       if (lane == 0) norms[stream * window + token] = norm;
       if (merges) {
         for (int d = lane; leaders && d < head_dim; d += 32) leaders[place * head_dim + d] = key[d];
@@ -113,17 +118,18 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
 }
 
 template <class T>
-__device__ __forceinline__ float away_from(const float* anchor, const T* key, float length, int head_dim) {
+__device__ __forceinline__ float away_from(const float* anchor, const T* key, float scale, float length, int head_dim) {
   float cosine = 0.0f;
-  for (int d = threadIdx.x % 32; d < head_dim; d += 32) cosine += widen(key[d]) / length * anchor[d];
+  for (int d = threadIdx.x % 32; d < head_dim; d += 32) cosine += widen(key[d]) * scale / length * anchor[d];
   return 1.0f - warp_sum(cosine);
 }
 
 // `away` is of shape (streams, clusters + window).
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-turn_away(const MEAN* __restrict__ held_keys, const ELEMENT* __restrict__ window_keys,
-          const float* __restrict__ sums, const float* __restrict__ lengths, long long held_key_step,
-          long long key_step, int clusters, int window, int head_dim, float* __restrict__ away) {
+turn_away(const MEAN* __restrict__ held_keys, const ELEMENT* __restrict__ key_scales,
+          const ELEMENT* __restrict__ window_keys, const float* __restrict__ sums, const float* __restrict__ lengths,
+          long long held_key_step, long long key_step, int clusters, int window, int head_dim,
+          float* __restrict__ away) {
   extern __shared__ float anchor[];  // head_dim
   __shared__ float squares[WARPS];
   const int rows = clusters + window, chunks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -146,10 +152,14 @@ turn_away(const MEAN* __restrict__ held_keys, const ELEMENT* __restrict__ window
   const float length = or_one(sqrtf(squared));
   for (int row = first + warp; row < min(rows, first + BLOCK_ROWS); row += WARPS) {
     const float own = lengths[stream * rows + row] * length;
-    const float apart =
-        row < clusters
-            ? away_from(anchor, held_keys + stream * held_key_step + (long long)row * head_dim, own, head_dim)
-            : away_from(anchor, window_keys + stream * key_step + (long long)(row - clusters) * head_dim, own, head_dim);
+    float apart;
+    if (row < clusters) {
+      const float scale = key_scales ? widen(key_scales[stream * clusters + row]) : 1.0f;
+      apart = away_from(anchor, held_keys + stream * held_key_step + (long long)row * head_dim, scale, own, head_dim);
+    } else {
+      const int token = row - clusters;
+      apart = away_from(anchor, window_keys + stream * key_step + (long long)token * head_dim, 1.0f, own, head_dim);
+    }
     if (lane == 0) away[stream * rows + row] = apart;
   }
 }

@@ -5,10 +5,11 @@
 // before it needs the first. Each group of lanes runs its own softmax; groups merge at the end of the piece.
 // `attend_join`: merges the pieces of a row by logsumexp.
 //
-// Logits are in units of log 2: exp2 is what the hardware has.
+// Logits are in units of log 2: exp2 is what the hardware has. Means of clusters may be in 8 bits, and are then not before
+// the exact pairs; their scales are applied to logits and weights.
 //
 // Set by the launcher: ELEMENT, SPREAD, QUERY and OUTPUT (types), HEAD_DIM, VALUE_DIM, BANDS, ROWS, VECTOR (elements per
-// load), LANES, AHEAD, BLOCKS (that fit a multiprocessor: a bound on registers).
+// load), LANES, AHEAD, BLOCKS (that fit a multiprocessor: a bound on registers), CODED (whether means are in 8 bits).
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
@@ -17,18 +18,37 @@ constexpr int KEYS = 32 / LANES;
 constexpr int KEY_CHUNKS = (HEAD_DIM + VECTOR * LANES - 1) / (VECTOR * LANES);
 constexpr int VALUE_CHUNKS = (VALUE_DIM + VECTOR * LANES - 1) / (VECTOR * LANES);
 constexpr int BAND = HEAD_DIM / BANDS;
-constexpr int EXTRA = ROWS > BANDS + 1 ? ROWS : BANDS + 1;
+constexpr int OF_CLUSTER = BANDS + 1 + 2 * CODED;
+constexpr int EXTRA = ROWS > OF_CLUSTER ? ROWS : OF_CLUSTER;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
 template <int BYTES> struct Word;
+template <> struct Word<1> { typedef unsigned char type; };
 template <> struct Word<2> { typedef unsigned short type; };
 template <> struct Word<4> { typedef unsigned type; };
 template <> struct Word<8> { typedef uint2 type; };
 template <> struct Word<16> { typedef uint4 type; };
 typedef Word<sizeof(ELEMENT) * VECTOR>::type Packed;
 
-__device__ __forceinline__ void unpack(const Packed& packed, float (&wide)[VECTOR]) {
+// Codes, if they are that, fill the front of what as many elements take.
+__device__ __forceinline__ void unpack(const Packed& packed, bool codes, float (&wide)[VECTOR]) {
+  if (CODED && codes) {
+    if constexpr (VECTOR % 4 == 0) {
+      // The last bits of 2^23 + 128 + code: conversions are four times as slow.
+      unsigned words[sizeof(packed) / 4];
+      memcpy(words, &packed, sizeof(packed));
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++)
+        wide[e] = __int_as_float((int)__byte_perm(words[e / 4] ^ 0x80808080u, 0x4b000000u, 0x7440 | e % 4)) - 8388736.0f;
+    } else {
+      signed char narrow[VECTOR];
+      memcpy(narrow, &packed, sizeof(narrow));
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) wide[e] = widen(narrow[e]);
+    }
+    return;
+  }
   ELEMENT narrow[VECTOR];
   memcpy(narrow, &packed, sizeof(packed));
 #pragma unroll
@@ -36,13 +56,17 @@ __device__ __forceinline__ void unpack(const Packed& packed, float (&wide)[VECTO
 }
 
 // The part of a row that a lane holds: chunks of VECTOR elements, LANES * VECTOR apart. Zero beyond the row's end.
-template <int DIM, int CHUNKS>
-__device__ __forceinline__ void load(const ELEMENT* __restrict__ row, int place, Packed (&packed)[CHUNKS]) {
+template <int DIM, int CHUNKS, class T>
+__device__ __forceinline__ void load(const T* __restrict__ row, int place, Packed (&packed)[CHUNKS]) {
+  typedef typename Word<sizeof(T) * VECTOR>::type Loaded;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     const int start = (c * LANES + place) * VECTOR;
-    if (start < DIM) packed[c] = *reinterpret_cast<const Packed*>(row + start);
-    else packed[c] = Packed();
+    packed[c] = Packed();
+    if (start < DIM) {
+      const Loaded loaded = *reinterpret_cast<const Loaded*>(row + start);
+      memcpy(&packed[c], &loaded, sizeof(loaded));
+    }
   }
 }
 
@@ -53,6 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 attend_split(const QUERY* __restrict__ queries, float scale, int rows,
              const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values,
              long long keys_per_stream, long long values_per_stream,
+             const signed char* __restrict__ key_codes, const signed char* __restrict__ value_codes,
+             const ELEMENT* __restrict__ key_scales, const ELEMENT* __restrict__ value_scales,
              const int* __restrict__ counts, const SPREAD* __restrict__ spread, int mean_count, int mean_pieces,
              const float* __restrict__ weights, long long weights_per_stream, long long weights_per_row,
              int exact_count, const long long* __restrict__ counters, int exact_pieces,
@@ -74,9 +100,12 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
   const int begin = share * (merged ? piece - exact_pieces : piece);
   // Where memory says how many exact pairs there are before this token's, some pieces may be empty.
   const int end = min(counters && !merged ? (int)counters[0] + 1 : count, begin + share);
-  // A stream's part of a buffer with room at the end; the clusters come first.
-  keys += stream * keys_per_stream + (merged ? 0 : (long long)mean_count * HEAD_DIM);
-  values += stream * values_per_stream + (merged ? 0 : (long long)mean_count * VALUE_DIM);
+  // A stream's part of a buffer with room at the end; the clusters come first, if they are there.
+  keys += stream * keys_per_stream + (merged || CODED ? 0 : (long long)mean_count * HEAD_DIM);
+  values += stream * values_per_stream + (merged || CODED ? 0 : (long long)mean_count * VALUE_DIM);
+  const bool coded = CODED && merged;
+  key_codes += stream * mean_count * HEAD_DIM;
+  value_codes += stream * mean_count * VALUE_DIM;
 
   float query[ROWS][KEY_CHUNKS][VECTOR];
 #pragma unroll
@@ -124,12 +153,17 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
     Packed key[AHEAD][KEY_CHUNKS], value[AHEAD][VALUE_CHUNKS];
     // Beyond the end the last pair is read again, with weight zero: no lane leaves a shuffle.
 #pragma unroll
-    for (int a = 0; a < AHEAD; a++)
-      load<HEAD_DIM, KEY_CHUNKS>(keys + (long long)min(first + a * KEYS + group, end - 1) * HEAD_DIM, place, key[a]);
+    for (int a = 0; a < AHEAD; a++) {
+      const long long near = min(first + a * KEYS + group, end - 1);
+      if (coded) load<HEAD_DIM, KEY_CHUNKS>(key_codes + near * HEAD_DIM, place, key[a]);
+      else load<HEAD_DIM, KEY_CHUNKS>(keys + near * HEAD_DIM, place, key[a]);
+    }
 #pragma unroll
-    for (int a = 0; a < AHEAD; a++)
-      load<VALUE_DIM, VALUE_CHUNKS>(values + (long long)min(first + a * KEYS + group, end - 1) * VALUE_DIM, place,
-                                    value[a]);
+    for (int a = 0; a < AHEAD; a++) {
+      const long long near = min(first + a * KEYS + group, end - 1);
+      if (coded) load<VALUE_DIM, VALUE_CHUNKS>(value_codes + near * VALUE_DIM, place, value[a]);
+      else load<VALUE_DIM, VALUE_CHUNKS>(values + near * VALUE_DIM, place, value[a]);
+    }
 
     // Everything is asked for before anything is used.
     // Of a cluster, its count and its spread; of an exact pair, its log-weight for each row.
@@ -141,6 +175,10 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
         extra[a][0] = (float)counts[near];
 #pragma unroll
         for (int b = 0; b < BANDS; b++) extra[a][1 + b] = widen(spread[near * BANDS + b]);
+        if (CODED) {
+          extra[a][OF_CLUSTER - 2] = widen(key_scales[near]);
+          extra[a][OF_CLUSTER - 1] = widen(value_scales[near]);
+        }
       }
     } else {
 #pragma unroll
@@ -160,7 +198,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
 #pragma unroll
       for (int c = 0; c < KEY_CHUNKS; c++) {
         float wide[VECTOR];
-        unpack(key[a][c], wide);
+        unpack(key[a][c], coded, wide);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -183,6 +221,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
 #pragma unroll
           for (int b = 0; b < BANDS; b++) half += half_energy[r][b] * extra[a][1 + b];
           const float w = log_count + (half < log_count ? half : log_count);
+          if (CODED) logit[a][r] *= extra[a][OF_CLUSTER - 2];
           logit[a][r] = inside && extra[a][0] > 0.0f ? logit[a][r] + w : -infinity();
         } else {
           // Not added where it is -inf: what is behind it may be anything.
@@ -208,6 +247,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
       for (int a = 0; a < AHEAD; a++) {
         logit[a][r] = weight(logit[a][r], next);
         total[r] += logit[a][r];
+        if (coded) logit[a][r] *= extra[a][OF_CLUSTER - 1];
       }
     }
 #pragma unroll
@@ -215,7 +255,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
 #pragma unroll
       for (int c = 0; c < VALUE_CHUNKS; c++) {
         float wide[VECTOR];
-        unpack(value[a][c], wide);
+        unpack(value[a][c], coded, wide);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
 #pragma unroll

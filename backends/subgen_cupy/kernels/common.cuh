@@ -6,6 +6,7 @@ struct bfloat16 { unsigned short bits; };
 
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(signed char x) { return (float)x; }
 __device__ __forceinline__ float widen(bfloat16 x) { return __int_as_float((int)((unsigned)x.bits << 16)); }
 __device__ __forceinline__ float widen(float16 x) {
 #ifdef CUDA_EMULATION
