@@ -33,6 +33,7 @@ LONG = 131072
 #: Batch and tokens of exact attention, and how many times as fast the sketch is to be.
 TARGETS = {(1, LONG): 5, (1, 10**6): 40, (16, LONG): 40, (16, 10**6): 200}
 CACHES_FILLED = 4  # how often the inputs of one timing fill the L2 cache
+TURNS = 8  # of a long block, in a graph that is timed
 
 
 @dataclass
@@ -150,7 +151,7 @@ def exact_step(torch: Any, batch: int, n: int) -> tuple[float, str] | None:
     return fastest(torch, q, k, v, 20)
 
 
-def whole_sketch(module: Any, arrays: list[Any], window: int) -> tuple[float, float]:
+def whole_sketch(module: Any, arrays: list[Any], window: int, storage: Any = "input") -> tuple[float, float]:
     """Seconds of `AttentionSketch.update` with the queries, and of a token in `AttentionSketch.step` after it.
 
     Queries, keys and values of CuPy or torch, and the module of its events.
@@ -161,7 +162,7 @@ def whole_sketch(module: Any, arrays: list[Any], window: int) -> tuple[float, fl
     tokens = keys.shape[2]
 
     def update(n: int = tokens) -> Any:
-        sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
+        sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False, storage=storage)
         sketch.update(keys[:, :, :n], values[:, :, :n], queries[:, :, :n])
         return sketch
 
@@ -203,14 +204,14 @@ def by_torch(torch: Any, batch: int, tokens: int, window: int, kernels: bool) ->
         backends.register(subgen_torch.BACKEND, replace=True)
 
 
-def decoders(cp: Any, batch: int) -> tuple[float, float]:
+def decoders(cp: Any, batch: int, storage: Any) -> tuple[float, float]:
     """Seconds of a token that `Decoder` takes in and answers: in a graph, and with merges, replayed from Python."""
     from subgen_cupy import Decoder, capture
 
     import subgen
 
     arrays = cupys(cp, batch, CLUSTERS + 4 * EXACT)
-    sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=EXACT, check_finite=False)
+    sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=EXACT, check_finite=False, storage=storage)
     sketch.update(arrays[1], arrays[2], arrays[0])
     fill = CACHES_FILLED * int(cp.cuda.Device().attributes["L2CacheSize"])
     several = [Decoder(sketch) for _ in range(max(1, math.ceil(fill / sketch.nbytes)))]
@@ -285,6 +286,37 @@ def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str
         kernels.setdefault(name, []).append(cp.cuda.get_elapsed_time(begin, end) / 1e3)
     # Of all absorptions together, as some launch a kernel more often than others.
     return host, device, {name: sum(times) / 24 for name, times in kernels.items()}
+
+
+def added_in_a_graph(cp: Any, batch: int, window: int) -> list[tuple[str, float]]:
+    """Of a turn of a long block, the seconds that each kernel adds to those before it, in a graph of some turns.
+
+    Graphs end after one kernel more each time. They write where the turns did, and what they leave is not used.
+    """
+    from subgen_cupy._cupy import CupyDevice, graph_of
+
+    import subgen
+
+    added: list[tuple[str, float]] = []
+    replayed = CupyDevice.replayed
+
+    def timed(device: Any, launches: Any) -> Any:
+        turn, before = list(launches[: len(launches) // 2]), 0.0
+        for k, launch in enumerate(turn):
+            graph = graph_of(device.number, turn[: k + 1] * TURNS)
+            now = events(cp.cuda, graph.launch, 10) / TURNS
+            added.append((launch.kernel, now - before))
+            before = now
+        return replayed(device, launches)
+
+    queries, keys, values = cupys(cp, batch, CLUSTERS + 8 * window)
+    sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
+    CupyDevice.replayed = timed
+    try:
+        sketch.update(keys, values, queries)
+    finally:
+        CupyDevice.replayed = replayed
+    return added
 
 
 def exact_causal(torch: Any, batch: int, n: int, only: str | None) -> tuple[float, str]:
@@ -382,16 +414,16 @@ class Bench:
         met = "" if causal is None else verdict(seconds < 0.25 * causal[0])
         self.add(what, f"{seconds * 1e3:.1f} ms{share}", target, met)
 
-    def sketch(self, batch: int, tokens: int, window: int) -> None:
-        update, token = whole_sketch(self.cp.cuda, cupys(self.cp, batch, tokens), window)
-        where = f"window {window}, batch {batch}, float16"
+    def sketch(self, batch: int, tokens: int, window: int, storage: str = "input") -> None:
+        update, token = whole_sketch(self.cp.cuda, cupys(self.cp, batch, tokens), window, storage)
+        where = f"window {window}, batch {batch}, float16{', means in 8 bits' if storage == 'int8' else ''}"
         self.prompt(f"AttentionSketch.update, {tokens} tokens, {where}", update, batch)
         self.add(f"AttentionSketch.step, a token, {where}", f"{token * 1e6:.1f} us")
 
-    def decoder(self, batch: int) -> None:
-        graph, replayed = decoders(self.cp, batch)
+    def decoder(self, batch: int, storage: str = "input") -> None:
+        graph, replayed = decoders(self.cp, batch, storage)
         self.add(
-            f"Decoder, a token, batch {batch}, float16",
+            f"Decoder, a token, batch {batch}, float16{', means in 8 bits' if storage == 'int8' else ''}",
             f"{graph * 1e6:.1f} us in a graph; {replayed * 1e6:.1f} us with what the host does, merges included",
         )
 
@@ -416,6 +448,15 @@ class Bench:
             f"launching {host * 1e6:.0f} us, on the device {device * 1e6:.0f} us: {parts}",
         )
 
+    def in_a_graph(self, batch: int, window: int) -> None:
+        added = added_in_a_graph(self.cp, batch, window)
+        parts = ", ".join(f"{name} {seconds * 1e6:.0f}" for name, seconds in added)
+        whole = sum(seconds for _, seconds in added)
+        self.add(
+            f"a turn of {window // 2} tokens in a graph, batch {batch}, and what each kernel adds",
+            f"{whole * 1e6:.0f} us: {parts}",
+        )
+
     def everything(self) -> None:
         self.part("what it runs on", lambda: self.where.update(describe(self.cp, self.torch)))
         self.part("copy", self.copy)
@@ -435,6 +476,11 @@ class Bench:
                     f"AttentionSketch, window {window}, batch {batch}",
                     lambda batch=batch, window=window: self.sketch(batch, tokens, window),  # type: ignore[misc]
                 )
+        for window in (512, 2048):
+            self.part(f"a turn, window {window}", lambda window=window: self.in_a_graph(1, window))  # type: ignore[misc]
+        for batch in (1,) if self.quick else (1, 64):
+            self.part(f"Decoder in 8 bits, batch {batch}", lambda batch=batch: self.decoder(batch, "int8"))  # type: ignore[misc]
+        self.part("AttentionSketch in 8 bits", lambda: self.sketch(1, tokens, 512, "int8"))
         for window in (128, 256, 512):
             self.part(f"an absorption of {window // 2} tokens", lambda window=window: self.apart(1, window))  # type: ignore[misc]
         for batch in () if self.torch is None else (1,) if self.quick else (1, 16):

@@ -1,0 +1,127 @@
+"""How much of the costs a matching reads on a GPU: ``python asv_benchmarks/matching.py [CAPTURE]``.
+
+A model of `match_pairs` in NumPy, beside the rounds written out: how often a cluster loses its nearest other, and how
+many rows of costs are read if only those clusters look whose guards were taken; see kernels/matching.cu. The last few
+absorptions of a stream of random numbers, and of the keys of a language model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+import subgen
+from subgen import backends, merging
+from subgen.files import read_capture, sample
+
+INDEX = 0x1FFF  # the low bits of an order, which tell equal importances apart
+GUARDS = 4
+LAST = 6  # absorptions counted of each stream
+
+Floats = NDArray[np.floating[Any]]
+
+
+def rounds(costs: Floats, surplus: int) -> tuple[list[NDArray[np.int64]], int]:
+    """Pairs of each round, as (first, second), and how often an open cluster lost its nearest other."""
+    n, lost, pairs = len(costs), 0, []
+    is_open, nearest = np.ones(n, bool), np.full(n, -1)
+    while surplus > 0:
+        masked = np.where(is_open[:, None] & is_open[None, :], costs, np.inf)
+        now, cost = masked.argmin(axis=1), masked.min(axis=1)
+        alive = cost < np.inf
+        lost += int((alive & (nearest >= 0) & (now != nearest)).sum())
+        nearest = np.where(alive, now, -1)
+        first = np.flatnonzero(alive & (np.arange(n) < now) & (now[now] == np.arange(n)))
+        if not first.size:
+            break
+        first = first[np.argsort(cost[first], kind="stable")][:surplus]
+        is_open[first] = is_open[now[first]] = False
+        surplus -= first.size
+        pairs.append(np.sort(np.stack([first, now[first]]), axis=1))
+    return pairs, lost
+
+
+def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -> int:
+    """Rows of costs that are read, when in each round these pairs are found and taken."""
+    n, read = len(costs), 0
+    order = importance.astype(np.float32).view(np.int32) & ~INDEX | np.arange(n)
+    lane = np.arange(n) // 4 % 32
+    is_open = np.ones(n, bool)
+    guards: list[list[int]] = [[] for _ in range(n)]
+    named = [-1] * n  # whom a cluster names; itself, if it has guards of its own
+
+    def look(row: Floats, among: NDArray[np.bool_], bound: float, than: int) -> list[int]:
+        """The dearest of each lane that is nearer."""
+        nearer = np.flatnonzero(among & ((row < bound) | (row == bound) & (np.arange(n) < than)))
+        dearest = nearer[np.lexsort((nearer, row[nearer]))]
+        return list(dict(zip(lane[dearest].tolist(), dearest.tolist(), strict=True)).values())[:GUARDS]
+
+    for _, taken in enumerate([*pairs, np.zeros((2, 0), np.int64)]):
+        for i in np.flatnonzero(is_open):
+            if named[i] >= 0 and is_open[named[i]] and any(is_open[guard] for guard in guards[i]):
+                continue
+            row, behind = costs[i], is_open & (order > order[i])
+            cost = np.where(behind, row, np.inf)
+            nearest = int(cost.argmin())
+            read += 1
+            guards[i], named[i] = look(row, is_open & (order < order[i]), cost[nearest], nearest), i
+            if not guards[i] and cost[nearest] < np.inf:
+                read += 1
+                guards[i], named[i] = look(costs[nearest], is_open, cost[nearest], i), nearest
+        is_open[taken.ravel()] = False
+    return read
+
+
+def count(keys: Floats, values: Floats, queries: Floats, clusters: int, window: int) -> tuple[int, NDArray[np.float64]]:
+    """Clusters before a merging, and of the last absorptions: pairs, rounds, nearest others lost, rows read."""
+    seen: list[tuple[Floats, Floats, int]] = []
+    costs_of, match = merging.ward_costs, merging._match
+    importance: list[Floats] = []
+
+    def costs(means: Any, *rest: Any) -> Any:
+        importance[:] = list(means.importance)
+        return costs_of(means, *rest)
+
+    def matched(costs: Any, surplus: Any) -> Any:
+        seen.extend(zip(costs, importance, surplus[:, 0].tolist(), strict=True))
+        del seen[: -LAST * len(costs)]
+        return match(costs, surplus)
+
+    backends.register(backends.Backend("numpy"), replace=True)  # the portable operations
+    merging.ward_costs, merging._match = costs, matched
+    try:
+        subgen.AttentionSketch(clusters, window=window).update(keys, values, queries)
+    finally:
+        merging.ward_costs, merging._match = costs_of, match
+    counted = []
+    for of_stream, order_by, surplus in seen:
+        pairs, lost = rounds(of_stream, surplus)
+        counted.append((surplus, len(pairs), lost, guarded(of_stream, order_by, pairs)))
+    return len(seen[0][0]), np.mean(counted, axis=0)
+
+
+def main(
+    capture: Annotated[Path | None, typer.Argument(help="keys, values and queries of a model; else the sample")] = None,
+) -> None:
+    """Count, and print a table."""
+    rng = np.random.default_rng(0)
+    real = sample() if capture is None else read_capture(capture)
+    table = Table("keys", "clusters", "pairs", "rounds", "nearest others lost", "rows read")
+    for name, clusters, window in [("random", 1024, 512), ("random", 1024, 2048), ("a model's", 512, 256)]:
+        if name == "random":
+            given = [rng.normal(size=(heads, 8 * window + 4096, 128)).astype(np.float32) for heads in (1, 1, 4)]
+        else:
+            given = [x.astype(np.float32) for x in (real.k, real.v, real.q)]
+        n, (pairs, turns, lost, read) = count(given[0], given[1], given[2], clusters, window)
+        table.add_row(name, str(n), *(f"{x:.0f}" for x in (pairs, turns, lost, read)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
