@@ -1,8 +1,8 @@
 """How much of the costs a matching reads on a GPU: ``python asv_benchmarks/matching.py [CAPTURE]``.
 
-A model of `match_pairs` in NumPy, beside the rounds written out: how often a cluster loses its nearest other, and how
-many rows of costs are read if only those clusters look whose guards were taken; see kernels/matching.cu. The last few
-absorptions of a stream of random numbers, and of the keys of a language model.
+A model of `match_pairs` in NumPy, beside the rounds written out: how often a cluster loses its nearest other, and over
+how many rows of costs it passes if only those clusters look whose guards were taken; see kernels/matching.cu. The last
+few absorptions of a stream of random numbers, and of the keys of a language model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from subgen.files import read_capture, sample
 
 INDEX = 0x1FFF  # the low bits of an order, which tell equal importances apart
 GUARDS = 4
+AT_ONCE = 512  # columns
 LAST = 6  # absorptions counted of each stream
 
 Floats = NDArray[np.floating[Any]]
@@ -47,9 +48,9 @@ def rounds(costs: Floats, surplus: int) -> tuple[list[NDArray[np.int64]], int]:
     return pairs, lost
 
 
-def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -> int:
-    """Rows of costs that are read, when in each round these pairs are found and taken."""
-    n, read = len(costs), 0
+def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -> float:
+    """Rows of costs passed over, parts of them added up, when in each round these pairs are found and taken."""
+    n, passed = len(costs), 0.0
     order = importance.astype(np.float32).view(np.int32) & ~INDEX | np.arange(n)
     lane = np.arange(n) // 4 % 32
     is_open = np.ones(n, bool)
@@ -57,29 +58,37 @@ def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -
     named = [-1] * n  # whom a cluster names; itself, if it has guards of its own
 
     def look(row: Floats, among: NDArray[np.bool_], bound: float, than: int) -> list[int]:
-        """The dearest of each lane that is nearer."""
-        nearer = np.flatnonzero(among & ((row < bound) | (row == bound) & (np.arange(n) < than)))
-        dearest = nearer[np.lexsort((nearer, row[nearer]))]
-        return list(dict(zip(lane[dearest].tolist(), dearest.tolist(), strict=True)).values())[:GUARDS]
+        """The dearest of each lane that is nearer, from the end of the row on, no further than there are enough."""
+        nonlocal passed
+        nearer = among & ((row < bound) | (row == bound) & (np.arange(n) < than))
+        found: dict[int, int] = {}
+        for start in range((n - 1) // AT_ONCE * AT_ONCE, -1, -AT_ONCE):
+            part = start + np.flatnonzero(nearer[start : start + AT_ONCE])
+            for column in part[np.argsort(row[part], kind="stable")].tolist():
+                of_lane = found.get(lane[column], column)
+                found[lane[column]] = max(of_lane, column, key=row.__getitem__)
+            passed += min(AT_ONCE, n - start) / n
+            if len(found) >= GUARDS:
+                break
+        return [found[each] for each in sorted(found)][:GUARDS]
 
-    for _, taken in enumerate([*pairs, np.zeros((2, 0), np.int64)]):
+    for taken in [*pairs, np.zeros((2, 0), np.int64)]:
         for i in np.flatnonzero(is_open):
             if named[i] >= 0 and is_open[named[i]] and any(is_open[guard] for guard in guards[i]):
                 continue
             row, behind = costs[i], is_open & (order > order[i])
             cost = np.where(behind, row, np.inf)
             nearest = int(cost.argmin())
-            read += 1
+            passed += 1
             guards[i], named[i] = look(row, is_open & (order < order[i]), cost[nearest], nearest), i
             if not guards[i] and cost[nearest] < np.inf:
-                read += 1
                 guards[i], named[i] = look(costs[nearest], is_open, cost[nearest], i), nearest
         is_open[taken.ravel()] = False
-    return read
+    return passed
 
 
 def count(keys: Floats, values: Floats, queries: Floats, clusters: int, window: int) -> tuple[int, NDArray[np.float64]]:
-    """Clusters before a merging, and of the last absorptions: pairs, rounds, nearest others lost, rows read."""
+    """Clusters before a merging, and of the last absorptions: pairs, rounds, nearest others lost, rows passed over."""
     seen: list[tuple[Floats, Floats, int]] = []
     costs_of, match = merging.ward_costs, merging._match
     importance: list[Floats] = []
@@ -112,14 +121,14 @@ def main(
     """Count, and print a table."""
     rng = np.random.default_rng(0)
     real = sample() if capture is None else read_capture(capture)
-    table = Table("keys", "clusters", "pairs", "rounds", "nearest others lost", "rows read")
+    table = Table("keys", "clusters", "pairs", "rounds", "nearest others lost", "rows passed over")
     for name, clusters, window in [("random", 1024, 512), ("random", 1024, 2048), ("a model's", 512, 256)]:
         if name == "random":
             given = [rng.normal(size=(heads, 8 * window + 4096, 128)).astype(np.float32) for heads in (1, 1, 4)]
         else:
             given = [x.astype(np.float32) for x in (real.k, real.v, real.q)]
-        n, (pairs, turns, lost, read) = count(given[0], given[1], given[2], clusters, window)
-        table.add_row(name, str(n), *(f"{x:.0f}" for x in (pairs, turns, lost, read)))
+        n, (pairs, turns, lost, passed) = count(given[0], given[1], given[2], clusters, window)
+        table.add_row(name, str(n), *(f"{x:.0f}" for x in (pairs, turns, lost, passed)))
     Console().print(table)
 
 

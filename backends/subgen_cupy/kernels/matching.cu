@@ -45,28 +45,26 @@ __device__ __forceinline__ void tell(Place* place, int peer, int word) {
   *place = (Place)word;
 }
 
-// Gives the bits of each cost of a row, the order of the cluster and its index; a lane's in their order.
+// Gives AT_ONCE chunks of a row: the bits of each cost, the order of the cluster and its index; a lane's in their order.
 template <class Take>
-__device__ __forceinline__ void each_cost(const float* row, const int* order, int line, unsigned mask, Take take) {
+__device__ __forceinline__ void some_costs(const float* row, const int* order, int start, int line, unsigned mask,
+                                           Take take) {
   const int own = threadIdx.x % 32 * 4;
   row += own;
   order += own;
-#pragma unroll 1
-  for (int start = 0; start < line; start += AT_ONCE * CHUNK) {
-    float4 costs[AT_ONCE];
+  float4 costs[AT_ONCE];
 #pragma unroll
-    for (int q = 0; q < AT_ONCE; q++)
-      if (start + q * CHUNK < line) costs[q] = *reinterpret_cast<const float4*>(row + start + q * CHUNK);
+  for (int q = 0; q < AT_ONCE; q++)
+    if (start + q * CHUNK < line) costs[q] = *reinterpret_cast<const float4*>(row + start + q * CHUNK);
 #pragma unroll
-    for (int q = 0; q < AT_ONCE; q++) {
-      const int chunk = start + q * CHUNK, column = chunk + own;
-      if (chunk >= line) break;
-      const int4 place = *reinterpret_cast<const int4*>(order + chunk);
-      take((unsigned)__float_as_int(costs[q].x) & mask, place.x, column);
-      take((unsigned)__float_as_int(costs[q].y) & mask, place.y, column + 1);
-      take((unsigned)__float_as_int(costs[q].z) & mask, place.z, column + 2);
-      take((unsigned)__float_as_int(costs[q].w) & mask, place.w, column + 3);
-    }
+  for (int q = 0; q < AT_ONCE; q++) {
+    const int chunk = start + q * CHUNK, column = chunk + own;
+    if (chunk >= line) break;
+    const int4 place = *reinterpret_cast<const int4*>(order + chunk);
+    take((unsigned)__float_as_int(costs[q].x) & mask, place.x, column);
+    take((unsigned)__float_as_int(costs[q].y) & mask, place.y, column + 1);
+    take((unsigned)__float_as_int(costs[q].z) & mask, place.z, column + 2);
+    take((unsigned)__float_as_int(costs[q].w) & mask, place.w, column + 3);
   }
 }
 
@@ -75,29 +73,35 @@ __device__ __forceinline__ void first_behind(const float* row, const int* order,
                                              unsigned& bits, unsigned& index) {
   bits = NOBODY;
   index = 0;
-  each_cost(row, order, line, mask, [&](unsigned cost, int place, int column) {
-    if (place > own && cost < bits) {
-      bits = cost;
-      index = (unsigned)column;
-    }
-  });
+#pragma unroll 1
+  for (int start = 0; start < line; start += AT_ONCE * CHUNK)
+    some_costs(row, order, start, line, mask, [&](unsigned cost, int place, int column) {
+      if (place > own && cost < bits) {
+        bits = cost;
+        index = (unsigned)column;
+      }
+    });
   warp_first(bits, index);
 }
 
-// Open clusters of a row that come before `own` in the order and are nearer than a cost and an index, one of each lane,
-// the dearest: as many as are kept. Whether there are any; by a warp.
-__device__ __forceinline__ bool find_guards(const float* row, const int* order, unsigned own, unsigned bits,
-                                            int index, int line, unsigned mask, Place* guards) {
-  unsigned dearest = 0, found = NONE;
-  each_cost(row, order, line, mask, [&](unsigned cost, int place, int column) {
-    if ((unsigned)place < own && cost < bits + (column < index) && cost >= dearest) {
-      dearest = cost;
-      found = (unsigned)column;
-    }
-  });
-  const int lane = threadIdx.x % 32;
-  const unsigned have = __ballot_sync(EVERY_LANE, found != NONE);
-  const int before = __popc(have & ((1u << lane) - 1)), all = __popc(have);
+// Open clusters of a row that come before `own` in the order and are nearer than a cost and an index: as many as are kept,
+// the dearest of what each lane has read. From the end of the row on, where those are that came last and are light, and no
+// further than there are enough. Whether there are any; by a warp.
+__device__ __forceinline__ bool find_guards(const float* row, const int* order, unsigned own, unsigned bits, int index,
+                                            int line, unsigned mask, Place* guards) {
+  unsigned dearest = 0, found = NONE, have = 0;
+#pragma unroll 1
+  for (int start = (line - 1) / (AT_ONCE * CHUNK) * AT_ONCE * CHUNK; start >= 0 && __popc(have) < GUARDS;
+       start -= AT_ONCE * CHUNK) {
+    some_costs(row, order, start, line, mask, [&](unsigned cost, int place, int column) {
+      if ((unsigned)place < own && cost < bits + (column < index) && cost >= dearest) {
+        dearest = cost;
+        found = (unsigned)column;
+      }
+    });
+    have = __ballot_sync(EVERY_LANE, found != NONE);
+  }
+  const int lane = threadIdx.x % 32, before = __popc(have & ((1u << lane) - 1)), all = __popc(have);
   if (found != NONE && before < GUARDS) guards[before] = (Place)found;
   if (all > 0 && lane >= all && lane < GUARDS) guards[lane] = NONE;
   return all > 0;
