@@ -56,7 +56,7 @@ VARIANTS: dict[str, tuple[Module, dict[str, int]]] = {
         f"absorbing_{stored}_{coded}": (
             absorbing_module(stored, coded),
             {
-                "gather": 96,
+                "gather": 64,
                 "turn_away": 64,
                 "weigh": 40,
                 "query_moment": 96,

@@ -247,21 +247,38 @@ OUT_OF_BOUNDS = """
 import numpy as np
 from cuda_emulation import EmulatedDevice
 from subgen_cupy._launch import Launch, address, i32
-from test_cuda_emulation import REVERSE
+from test_cuda_emulation import PAIRS, REVERSE
 print("started", flush=True)
 device = EmulatedDevice(sanitize=True)
 x, out = np.arange(8, dtype=np.int32), np.zeros(8, dtype=np.int32)
-device.run(Launch(REVERSE, "reverse", 1, 8, [address(device, x), address(device, out), i32(20)], 32))
+device.run(Launch(PAIRS, "pairs", 1, 2, [address(device, x), address(device, out)]))
+device.run(Launch({}, 1, 8, [address(device, x), address(device, out){}], 32))
 print("ended")
 """
+PAIRS = Text("""
+extern "C" __global__ void pairs(const float* x, float* out) {
+  reinterpret_cast<float2*>(out)[threadIdx.x] = reinterpret_cast<const float2*>(x)[threadIdx.x];
+}
+extern "C" __global__ void odd(const float* x, float* out) {
+  *reinterpret_cast<float2*>(out) = *reinterpret_cast<const float2*>(x + 1);
+}
+""")
 
 
-def test_the_address_sanitizer_sees_what_lies_outside() -> None:
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "error", "line"),
+    [
+        ('REVERSE, "reverse"', ", i32(20)", "heap-buffer-overflow", "kernels.cu:8"),
+        ('PAIRS, "odd"', "", "misaligned address", "kernels.cu:6"),
+    ],
+)
+def test_the_sanitizers_see_what_lies_outside_or_across(kernel: str, arguments: str, error: str, line: str) -> None:
     asan = cuda_emulation.sanitizer()
     if asan is None:
         pytest.skip("the address sanitizer is not installed")
     environment = {**os.environ, **cuda_emulation.sanitizing(asan)}
-    done = subprocess.run([sys.executable, "-c", OUT_OF_BOUNDS], capture_output=True, text=True, env=environment)
-    assert "heap-buffer-overflow" in done.stderr
-    assert "kernels.cu:8" in done.stderr
+    program = OUT_OF_BOUNDS.format(kernel, arguments)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert error in done.stderr
+    assert line in done.stderr
     assert done.stdout == "started\n"

@@ -46,7 +46,11 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _flags(sanitize: bool) -> list[str]:
     # Products and sums round separately, as in NumPy: the discrete decisions can then be compared to the last bit.
-    watched = ["-g1", "-O0", "-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else ["-O1"]
+    watched = (
+        ["-g1", "-O0", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
+        if sanitize
+        else ["-O1"]
+    )
     return ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w", *watched]
 
 

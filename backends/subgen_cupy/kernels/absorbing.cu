@@ -28,11 +28,17 @@ __device__ __forceinline__ float or_one(float length) { return length > 0.0f ? l
 template <class T>
 __device__ __forceinline__ float widen_row(const T* from, float scale, float* to, int n) {
   float squared = 0.0f;
-  for (int d = threadIdx.x % 32; d < n; d += 32) {
-    const float x = widen(from[d]) * scale;
-    squared += x * x;
-    if (to) to[d] = x;
-  }
+  each_part(n, [&](int d, auto size) {
+    constexpr int N = decltype(size)::value;
+    const Part<T, N> part = read_part<N>(from + d);
+    Part<float, N> x;
+#pragma unroll
+    for (int e = 0; e < N; e++) {
+      x.of[e] = widen(part.of[e]) * scale;
+      squared += x.of[e] * x.of[e];
+    }
+    if (to) write_part(to + d, x);
+  });
   return sqrtf(warp_sum(squared));
 }
 
@@ -40,12 +46,19 @@ __device__ __forceinline__ float widen_row(const T* from, float scale, float* to
 template <class T>
 __device__ __forceinline__ void add_direction(const T* key, float scale, float length, float count, int head_dim,
                                               float* sum) {
-  for (int d = threadIdx.x % 32; d < head_dim; d += 32) sum[d] += widen(key[d]) * scale / length * count;
+  each_part(head_dim, [&](int d, auto size) {
+    constexpr int N = decltype(size)::value;
+    const Part<T, N> part = read_part<N>(key + d);
+    Part<float, N> x = read_part<N>(sum + d);
+#pragma unroll
+    for (int e = 0; e < N; e++) x.of[e] += widen(part.of[e]) * scale / length * count;
+    write_part(sum + d, x);
+  });
 }
 
 // Steps are those from stream to stream. `sums` are of shape (streams, chunks, head_dim); `lengths` of keys, (streams,
 // clusters + window); `norms` of the values of the window. The pool of what may merge has `clusters + leave` places.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
        const ELEMENT* __restrict__ key_scales, const ELEMENT* __restrict__ value_scales,
        const int* __restrict__ held_counts,
@@ -120,7 +133,13 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
 template <class T>
 __device__ __forceinline__ float away_from(const float* anchor, const T* key, float scale, float length, int head_dim) {
   float cosine = 0.0f;
-  for (int d = threadIdx.x % 32; d < head_dim; d += 32) cosine += widen(key[d]) * scale / length * anchor[d];
+  each_part(head_dim, [&](int d, auto size) {
+    constexpr int N = decltype(size)::value;
+    const Part<T, N> part = read_part<N>(key + d);
+    const Part<float, N> of_anchor = read_part<N>(anchor + d);
+#pragma unroll
+    for (int e = 0; e < N; e++) cosine += widen(part.of[e]) * scale / length * of_anchor.of[e];
+  });
   return 1.0f - warp_sum(cosine);
 }
 
@@ -348,8 +367,15 @@ __device__ __forceinline__ T round_to(float x, float u, const T*) {
 }
 
 __device__ __forceinline__ void round_row(const float* from, ELEMENT* to, int n, int first, double golden, double drawn) {
-  for (int d = threadIdx.x % 32; d < n; d += 32)
-    to[d] = round_to(from[d], dither(first + d, golden, drawn), (const ELEMENT*)nullptr);
+  each_part(n, [&](int d, auto size) {
+    constexpr int N = decltype(size)::value;
+    const Part<float, N> part = read_part<N>(from + d);
+    Part<ELEMENT, N> rounded;
+#pragma unroll
+    for (int e = 0; e < N; e++)
+      rounded.of[e] = round_to(part.of[e], dither(first + d + e, golden, drawn), (const ELEMENT*)nullptr);
+    write_part(to + d, rounded);
+  });
 }
 
 // See `subgen.rounding.quantize`.
@@ -375,7 +401,12 @@ __device__ __forceinline__ void quantize_row(const float* from, signed char* cod
 // of a turn.
 template <class T>
 __device__ __forceinline__ void move_row(const T* from, bool room, T* to, int n) {
-  for (int d = threadIdx.x % 32; d < n; d += 32) to[d] = room ? T{} : from[d];
+  each_part(n, [&](int d, auto size) {
+    constexpr int N = decltype(size)::value;
+    Part<T, N> part = {};
+    if (!room) part = read_part<N>(from + d);
+    write_part(to + d, part);
+  });
 }
 
 // Clusters go before the exact tokens, or where there are codes for them, there. A warp per cluster or exact token.

@@ -432,24 +432,51 @@ merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, co
   const int added = mate < 0 ? 0 : counts[b], all = counts[a] + added;
   const float share = (float)added / (float)(all > 0 ? all : 1);
   const int band = head_dim / bands;
-#pragma unroll 4
-  for (int c = 0; c < bands; c++) {
-    float apart = 0.0f;
-    for (int d = c * band + lane; d < (c + 1) * band; d += 32) {
-      const float key = keys[a * head_dim + d], difference = keys[b * head_dim + d] - key;
-      new_keys[place * head_dim + d] = key + difference * share;
-      apart += difference * difference;
-    }
-    apart = warp_sum(apart) / band;
-    // The parallel-axis rule.
+  // The parallel-axis rule.
+  const auto merge_spread = [&](int c, float apart) {
     const float s = spread[a * bands + c];
-    if (lane == 0) new_spread[place * bands + c] = s + share * (spread[b * bands + c] - s + (1.0f - share) * apart);
+    new_spread[place * bands + c] = s + share * (spread[b * bands + c] - s + (1.0f - share) * (apart / band));
+  };
+  if (band % 4 == 0 && 128 % band == 0) {
+    // Four numbers a lane, and the lanes of a band side by side.
+#pragma unroll 1
+    for (int start = 0; start < head_dim; start += 128) {
+      const int d = start + 4 * lane;
+      float apart = 0.0f;
+      if (d < head_dim) {
+        Part<float, 4> key = read_part<4>(keys + a * head_dim + d);
+        const Part<float, 4> mate_key = read_part<4>(keys + b * head_dim + d);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float difference = mate_key.of[e] - key.of[e];
+          key.of[e] += difference * share;
+          apart += difference * difference;
+        }
+        write_part(new_keys + place * head_dim + d, key);
+      }
+      for (int step = 1; step < band / 4; step *= 2) apart += __shfl_xor_sync(EVERY_LANE, apart, step);
+      if (d < head_dim && d % band == 0) merge_spread(d / band, apart);
+    }
+  } else {
+    for (int c = 0; c < bands; c++) {
+      float apart = 0.0f;
+      for (int d = c * band + lane; d < (c + 1) * band; d += 32) {
+        const float key = keys[a * head_dim + d], difference = keys[b * head_dim + d] - key;
+        new_keys[place * head_dim + d] = key + difference * share;
+        apart += difference * difference;
+      }
+      apart = warp_sum(apart);
+      if (lane == 0) merge_spread(c, apart);
+    }
   }
-#pragma unroll 4
-  for (int d = lane; d < value_dim; d += 32) {
-    const float value = values[a * value_dim + d];
-    new_values[place * value_dim + d] = value + (values[b * value_dim + d] - value) * share;
-  }
+  each_part(value_dim, [&](int d, auto size) {
+    constexpr int N = decltype(size)::value;
+    Part<float, N> value = read_part<N>(values + a * value_dim + d);
+    const Part<float, N> mate_value = read_part<N>(values + b * value_dim + d);
+#pragma unroll
+    for (int e = 0; e < N; e++) value.of[e] += (mate_value.of[e] - value.of[e]) * share;
+    write_part(new_values + place * value_dim + d, value);
+  });
   // The leader of the first stays, bit by bit, whatever its dtype.
   for (int d = lane; d < leader_halves; d += 32)
     new_leaders[place * leader_halves + d] = leaders[a * leader_halves + d];
