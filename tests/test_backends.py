@@ -374,6 +374,36 @@ def test_attention_over_clusters_is_that_of_the_portable_code(
         np.testing.assert_array_equal(to_numpy(x), y)  # nothing was written into
 
 
+@pytest.mark.parametrize("backend", replacing("coded_attention"), ids=lambda b: b.name)
+@pytest.mark.parametrize("causal", [0, 1, 5])
+@pytest.mark.parametrize("rows", [10, 80])
+@pytest.mark.parametrize(("clusters", "stored"), [(0, np.float32), (30, np.float32), (30, np.float16)])
+def test_attention_over_clusters_in_8_bits_is_that_over_what_the_codes_say(
+    backend: Backend, causal: int, rows: int, clusters: int, stored: type
+) -> None:
+    library = LIBRARIES[backend.name]
+    rng = np.random.default_rng(rows)
+    q = rng.normal(size=(3, rows, 8)).astype(np.float32)
+    k, v = (rng.normal(size=(3, 9, dim)).astype(stored) for dim in (8, 6))
+    codes = [
+        Codes(
+            rng.integers(-127, 128, size=(3, clusters, dim)).astype(np.int8), rng.random((3, clusters)).astype(stored)
+        )
+        for dim in (8, 6)
+    ]
+    codes = [replace(of, scales=of.scales / stored(64)) for of in codes]
+    counts = rng.integers(0, 4, size=(3, clusters)).astype(np.int32)
+    spread = rng.uniform(0, 0.3, size=(3, clusters, 4)).astype(stored)
+    means = [of.codes * of.scales.astype(np.float32)[:, :, None] for of in codes]
+    pairs = [np.concatenate([mean, x.astype(np.float32)], axis=1) for mean, x in zip(means, (k, v), strict=True)]
+    expected = PORTABLE["sketch_attention"](q, *pairs, counts, spread, causal)
+    arrays = tuple(map(library.array, (q, k, v, counts, spread)))
+    given = [Codes(library.array(of.codes), library.array(of.scales)) for of in codes]
+    got = backend.operations["coded_attention"](*arrays, *given, causal, backends.operations_for(arrays[0]))
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(mine), theirs, rtol=2e-5, atol=2e-6)
+
+
 def test_the_portable_code_and_the_numpy_backend_agree_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     keys = rng.integers(-5, 6, size=(3, 100, 2)).astype(np.float32)

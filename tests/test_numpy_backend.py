@@ -240,6 +240,32 @@ def test_compiled_loops_attend_as_numpy_does(
 
 
 @needs_loops
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("clusters", "n", "dims"), [(0, 1, (8, 8)), (3, 3, (4, 8)), (30, 13, (12, 7)), (64, 64, (64, 32))]
+)
+def test_compiled_loops_attend_to_means_in_8_bits(
+    rows: int, clusters: int, n: int, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(SEED)
+    keys, values = (rng.normal(size=(3, n + 5, dim)).astype(np.float32)[:, :n] for dim in dims)
+    codes = [
+        Codes(rng.integers(-127, 128, (3, clusters, dim)).astype(np.int8), rng.random((3, clusters), np.float32) / 64)
+        for dim in dims
+    ]
+    counts = rng.integers(0, 5, (3, clusters)).astype(np.int32)
+    spread = rng.random((3, clusters, 4), np.float32)
+    queries = rng.normal(size=(3, rows, dims[0])).astype(np.float32)
+    given = (queries, keys, values, counts, spread, *codes, 0, OPS)
+    got = NUMPY["coded_attention"](*given)
+    without_loops(monkeypatch)
+    expected = NUMPY["coded_attention"](*given)
+    # As above.
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=4e-5)
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5, atol=2e-6)
+
+
+@needs_loops
 def test_compiled_loops_attend_to_nothing_and_to_what_is_no_number() -> None:
     rng = np.random.default_rng(SEED)
     keys, values, queries = (rng.normal(size=(4, 9, 8)).astype(np.float32) for _ in range(3))

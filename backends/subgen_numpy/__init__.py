@@ -8,7 +8,7 @@ from __future__ import annotations
 from subgen.backends import Backend
 
 from ._absorbing import absorb
-from ._attention import sketch_attention, weighted_attention
+from ._attention import coded_attention, sketch_attention, weighted_attention
 from ._merging import merge_closest
 from ._rounding import quantize
 from ._tail import write
@@ -23,6 +23,7 @@ BACKEND = Backend(
         "threefry2x32": threefry2x32,
         "weighted_attention": weighted_attention,
         "sketch_attention": sketch_attention,
+        "coded_attention": coded_attention,
         "merge_closest": merge_closest,
         "write": write,
         "quantize": quantize,

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from subgen import mass
 from subgen.merging import band_means
+from subgen.rounding import Codes
 from subgen.weighted import causal_bias
 
 from ._compiled import compiled, in_memory
 from ._threads import helped
 
-__all__ = ["sketch_attention", "weighted_attention"]
+__all__ = ["coded_attention", "sketch_attention", "weighted_attention"]
 
 Floats = NDArray[np.floating[Any]]
 
@@ -51,8 +53,8 @@ def sketch_attention(
     """
     m, clusters = rows.shape[1], counts.shape[1]
     keys, values, spread = (x.astype(rows.dtype, copy=False) for x in (keys, values, spread))
-    loops = compiled("attention")
-    if loops is not None and m <= _FEW_ROWS and causal <= 1 and rows.dtype == np.float32 and spread.shape[-1] == 4:
+    loops = _loops_for(rows, spread, causal)
+    if loops is not None:
         return _answers(loops, rows, keys, values, counts, spread)
     logits = _products(rows, keys)
     if clusters:
@@ -70,8 +72,43 @@ def sketch_attention(
     return _softmax(logits, values)
 
 
+def coded_attention(
+    rows: Floats,
+    keys: Floats,
+    values: Floats,
+    counts: NDArray[np.int32],
+    spread: Floats,
+    key_codes: Codes,
+    value_codes: Codes,
+    causal: int,
+    ops: Any,
+) -> tuple[Floats, Floats]:
+    """Attention over clusters in 8 bits, and over exact pairs; see `subgen.mass.coded_attention`.
+
+    The few rows of a token take one pass over codes and exact pairs in compiled loops, where numba is installed.
+    """
+    loops = _loops_for(rows, spread, causal)
+    if loops is None:
+        return mass.coded_attention(rows, keys, values, counts, spread, key_codes, value_codes, causal, ops)
+    scales = key_codes.scales, value_codes.scales
+    keys, values, spread, *of_codes = (x.astype(rows.dtype, copy=False) for x in (keys, values, spread, *scales))
+    return _answers(loops, rows, keys, values, counts, spread, (key_codes.codes, value_codes.codes, *of_codes))
+
+
+def _loops_for(rows: Floats, spread: Floats, causal: int) -> ModuleType | None:
+    """Return the compiled loops, if they answer such rows."""
+    few = rows.shape[1] <= _FEW_ROWS and causal <= 1 and rows.dtype == np.float32 and spread.shape[-1] == 4
+    return compiled("attention") if few else None
+
+
 def _answers(
-    loops: ModuleType, rows: Floats, keys: Floats, values: Floats, counts: NDArray[np.int32], spread: Floats
+    loops: ModuleType,
+    rows: Floats,
+    keys: Floats,
+    values: Floats,
+    counts: NDArray[np.int32],
+    spread: Floats,
+    coded: tuple[NDArray[Any], ...] = (),
 ) -> tuple[Floats, Floats]:
     """Attend by compiled loops, streams in threads; see `answer` of `subgen_numpy._compiled_attention`."""
     streams, m, _ = rows.shape
@@ -79,15 +116,18 @@ def _answers(
     logsumexp = np.empty((streams, m), rows.dtype)
     if m % loops.ROWS:
         rows = _filled_up(rows, m + -m % loops.ROWS)
-    places, arrays = in_memory(rows, keys, values, counts, spread)
-    integers = np.empty(0, np.int32)
+    places, arrays = in_memory(rows, keys, values, counts, spread, *coded)
+    integers, codes = np.empty(0, np.int32), np.empty(0, np.int8)
     sizes = rows.shape[1], keys.shape[1], counts.shape[1], rows.shape[2]
 
     # The arrays are there as long as a thread may come.
     def answer(turns: NDArray[np.int64], waits: bool, _: object = arrays) -> None:
-        loops.answer(turns, waits, places, integers, *sizes, outputs, logsumexp)
+        if coded:
+            loops.answer_coded(turns, waits, places, integers, codes, *sizes, outputs, logsumexp)
+        else:
+            loops.answer(turns, waits, places, integers, *sizes, outputs, logsumexp)
 
-    helped(answer, min(streams, (keys.nbytes + values.nbytes) // _WORTH_A_THREAD))
+    helped(answer, min(streams, sum(x.nbytes for x in (keys, values, *coded)) // _WORTH_A_THREAD))
     return outputs, logsumexp
 
 

@@ -1,6 +1,7 @@
 """Attention over clusters for a few rows compiled by numba: keys and values are each read once, and BLAS is not asked.
 
-Used where numba is installed. Equal to `subgen_numpy._attention` within the rounding of float32.
+Means in 8 bits are read as they are. Used where numba is installed. Equal to `subgen_numpy._attention` within the
+rounding of float32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from numba import njit
 
 from ._compiled_streams import OPTIONS, SUMS, finish, in_memory, take_next, wait
 
-__all__ = ["ROWS", "answer"]
+__all__ = ["ROWS", "answer", "answer_coded"]
 
 # Rows that share each load of a key and of a value; keys, and values, from as many places are read at once, which makes
 # better use of memory than one after the other.
@@ -74,29 +75,102 @@ def answer(
         if s >= streams:
             break
         rows = in_memory(places, 0, s, (m, dim), outputs)
-        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits)
+        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, 0)
         _logarithms(in_memory(places, 3, s, (clusters,), integers), log_counts)
         _find_energy(rows, energy)
         _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), outputs), logits)
         _find_peaks(logits, peak)
         _exponentials(logits, peak)
         _add_up(logits, total)
-        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums)
-        for i in range(logsumexp.shape[1]):
-            # A row without any weight: an output of zero and a logsumexp of -inf.
-            some = total[i] != 0
-            logsumexp[s, i] = np.log(total[i]) + peak[i] if some else -_INFINITE
-            share = 1 / total[i] if some else _single(0)
-            for t in range(sums.shape[1]):
-                outputs[s, i, t] = sums[i, t] * share
+        sums[:] = 0
+        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums, 0)
+        _write(sums, total, peak, outputs, logsumexp, s)
         finish(turns)
     if waits:
         wait(turns, streams)
 
 
+@njit(**OPTIONS)
+def answer_coded(
+    turns: Any,
+    waits: Any,
+    places: Any,
+    integers: Any,
+    codes: Any,
+    m: int,
+    n: int,
+    clusters: int,
+    dim: int,
+    outputs: Any,
+    logsumexp: Any,
+) -> None:
+    """Attend over clusters whose means are in 8 bits, and exact pairs; several threads may do so at once.
+
+    Parameters
+    ----------
+    turns, waits
+        As in `answer`.
+    places : int64 array, shape (9, 2)
+        As in `answer`, with keys and values of the n exact pairs alone; and behind them, of the clusters
+
+        - codes of keys, int8, shape (streams, clusters, head_dim), and of values;
+        - their scales, float32, shape (streams, clusters).
+    integers : int32 array
+    codes : int8 array
+    m, n, clusters, dim, outputs, logsumexp
+        As in `answer`.
+    """
+    streams, value_dim = outputs.shape[0], outputs.shape[2]
+    logits, sums = np.empty((m, clusters + n), _single), np.empty((m, value_dim), _single)
+    total, peak, energy = np.empty(m, _single), np.empty(m, _single), np.empty((m, 4), _single)
+    log_counts = np.empty(clusters, _single)
+    while True:
+        s = take_next(turns)
+        if s >= streams:
+            break
+        rows = in_memory(places, 0, s, (m, dim), outputs)
+        _multiply(rows, in_memory(places, 5, s, (clusters, dim), codes), logits, 0)
+        _scale(logits, in_memory(places, 7, s, (clusters,), outputs))
+        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, clusters)
+        _logarithms(in_memory(places, 3, s, (clusters,), integers), log_counts)
+        _find_energy(rows, energy)
+        _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), outputs), logits)
+        _find_peaks(logits, peak)
+        _exponentials(logits, peak)
+        _add_up(logits, total)
+        _scale(logits, in_memory(places, 8, s, (clusters,), outputs))
+        sums[:] = 0
+        _weigh(logits, in_memory(places, 6, s, (clusters, value_dim), codes), sums, 0)
+        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums, clusters)
+        _write(sums, total, peak, outputs, logsumexp, s)
+        finish(turns)
+    if waits:
+        wait(turns, streams)
+
+
+@njit(**OPTIONS)
+def _write(sums: Any, total: Any, peak: Any, outputs: Any, logsumexp: Any, s: int) -> None:
+    """Write the answers of a stream."""
+    for i in range(logsumexp.shape[1]):
+        # A row without any weight: an output of zero and a logsumexp of -inf.
+        some = total[i] != 0
+        logsumexp[s, i] = np.log(total[i]) + peak[i] if some else -_INFINITE
+        share = 1 / total[i] if some else _single(0)
+        for t in range(sums.shape[1]):
+            outputs[s, i, t] = sums[i, t] * share
+
+
+@njit(**OPTIONS)
+def _scale(numbers: Any, scales: Any) -> None:
+    """Multiply the first numbers of each row."""
+    for i in range(numbers.shape[0]):
+        for j in range(scales.size):
+            numbers[i, j] *= scales[j]
+
+
 @njit(fastmath=SUMS, **OPTIONS)
-def _multiply(rows: Any, keys: Any, logits: Any) -> None:
-    """Inner products of rows and keys."""
+def _multiply(rows: Any, keys: Any, logits: Any, at: int) -> None:
+    """Inner products of rows and keys, from a column on."""
     n, dim = keys.shape
     part = n // 4
     for i in range(0, rows.shape[0], ROWS):
@@ -105,16 +179,17 @@ def _multiply(rows: Any, keys: Any, logits: Any) -> None:
             c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = _single(0)
             for t in range(dim):
                 a, b, c, d = rows[i, t], rows[i + 1, t], rows[i + 2, t], rows[i + 3, t]
-                x = keys[j, t]
+                x = _single(keys[j, t])
                 a0, b0, c0, d0 = a0 + a * x, b0 + b * x, c0 + c * x, d0 + d * x
-                x = keys[j + part, t]
+                x = _single(keys[j + part, t])
                 a1, b1, c1, d1 = a1 + a * x, b1 + b * x, c1 + c * x, d1 + d * x
-                x = keys[j + 2 * part, t]
+                x = _single(keys[j + 2 * part, t])
                 a2, b2, c2, d2 = a2 + a * x, b2 + b * x, c2 + c * x, d2 + d * x
-                x = keys[j + 3 * part, t]
+                x = _single(keys[j + 3 * part, t])
                 a3, b3, c3, d3 = a3 + a * x, b3 + b * x, c3 + c * x, d3 + d * x
-            logits[i, j], logits[i + 1, j], logits[i + 2, j], logits[i + 3, j] = a0, b0, c0, d0
-            k = j + part
+            k = at + j
+            logits[i, k], logits[i + 1, k], logits[i + 2, k], logits[i + 3, k] = a0, b0, c0, d0
+            k += part
             logits[i, k], logits[i + 1, k], logits[i + 2, k], logits[i + 3, k] = a1, b1, c1, d1
             k += part
             logits[i, k], logits[i + 1, k], logits[i + 2, k], logits[i + 3, k] = a2, b2, c2, d2
@@ -124,8 +199,8 @@ def _multiply(rows: Any, keys: Any, logits: Any) -> None:
             for r in range(i, i + ROWS):
                 a0 = _single(0)
                 for t in range(dim):
-                    a0 += rows[r, t] * keys[k, t]
-                logits[r, k] = a0
+                    a0 += rows[r, t] * _single(keys[k, t])
+                logits[r, at + k] = a0
 
 
 @njit(fastmath={"contract"}, **OPTIONS)
@@ -248,26 +323,27 @@ def _add_up(weights: Any, total: Any) -> None:
 
 
 @njit(fastmath=SUMS, **OPTIONS)
-def _weigh(weights: Any, values: Any, sums: Any) -> None:
-    """Sum values by weight."""
+def _weigh(weights: Any, values: Any, sums: Any, at: int) -> None:
+    """Add values by their weights, which are from a column on."""
     n, dim = values.shape
     part = n // 4
-    sums[:] = 0
     for i in range(0, weights.shape[0], ROWS):
         for j in range(part):
-            k0, k1, k2, k3 = j, j + part, j + 2 * part, j + 3 * part
+            k0, k1, k2, k3 = at + j, at + j + part, at + j + 2 * part, at + j + 3 * part
             a0, a1, a2, a3 = weights[i, k0], weights[i, k1], weights[i, k2], weights[i, k3]
             b0, b1, b2, b3 = weights[i + 1, k0], weights[i + 1, k1], weights[i + 1, k2], weights[i + 1, k3]
             c0, c1, c2, c3 = weights[i + 2, k0], weights[i + 2, k1], weights[i + 2, k2], weights[i + 2, k3]
             d0, d1, d2, d3 = weights[i + 3, k0], weights[i + 3, k1], weights[i + 3, k2], weights[i + 3, k3]
+            k0, k1, k2, k3 = j, j + part, j + 2 * part, j + 3 * part
             for t in range(dim):
-                v0, v1, v2, v3 = values[k0, t], values[k1, t], values[k2, t], values[k3, t]
+                v0, v1 = _single(values[k0, t]), _single(values[k1, t])
+                v2, v3 = _single(values[k2, t]), _single(values[k3, t])
                 sums[i, t] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
                 sums[i + 1, t] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
                 sums[i + 2, t] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
                 sums[i + 3, t] += d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
         for k in range(4 * part, n):
             for r in range(i, i + ROWS):
-                a0 = weights[r, k]
+                a0 = weights[r, at + k]
                 for t in range(dim):
-                    sums[r, t] += a0 * values[k, t]
+                    sums[r, t] += a0 * _single(values[k, t])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from subgen.backends import Backend
 
 from ._absorbing import absorb, quantize
-from ._attention import sketch_attention, weighted_attention
+from ._attention import coded_attention, sketch_attention, weighted_attention
 from ._decoding import decode
 from ._kernels import with_kernels
 from ._merging import merge_closest
@@ -23,6 +23,7 @@ OWN = Backend(
     {
         "weighted_attention": weighted_attention,
         "sketch_attention": sketch_attention,
+        "coded_attention": coded_attention,
         "merge_closest": merge_closest,
         "write": write,
         "quantize": quantize,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from subgen_numpy import BACKEND
 from torch import Tensor
 
+from subgen import mass
+from subgen.backends import Operations
 from subgen.merging import bands
+from subgen.rounding import Codes
 from subgen.weighted import causal_bias
 
 from ._shared import by_numpy
 
-__all__ = ["sketch_attention", "weighted_attention"]
+__all__ = ["coded_attention", "sketch_attention", "weighted_attention"]
 
 # Up to this many rows NumPy's way is the faster one on a CPU, by a third for the rows of one token.
 _FEW_ROWS = 32
-_attend = BACKEND.operations["sketch_attention"]
+_numpy = Operations(**BACKEND.operations)
 
 
 @torch.no_grad()
@@ -47,10 +51,37 @@ def sketch_attention(
     if rows.shape[1] <= _FEW_ROWS and rows.device.type == "cpu":
         dtype = rows.dtype
         keys, values, spread = (x if x.dtype == dtype else x.to(dtype) for x in (keys, values, spread))
-        outputs, logsumexp = by_numpy(_attend, rows, keys, values, counts, spread, causal)
+        outputs, logsumexp = by_numpy(_numpy.sketch_attention, rows, keys, values, counts, spread, causal)
         return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
     with torch.no_grad():
         return _by_torch(rows, keys, values, counts, spread, causal)
+
+
+def coded_attention(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    spread: Tensor,
+    key_codes: Codes,
+    value_codes: Codes,
+    causal: int,
+    ops: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention over clusters in 8 bits, and over exact pairs; see `subgen.mass.coded_attention`.
+
+    A few rows on a CPU are answered by the NumPy backend, over the same memory. Builds no autograd graph.
+    """
+    if rows.shape[1] > _FEW_ROWS or rows.device.type != "cpu":
+        with torch.no_grad():
+            return mass.coded_attention(rows, keys, values, counts, spread, key_codes, value_codes, causal, ops)
+    dtype = rows.dtype
+    keys, values, spread = (x if x.dtype == dtype else x.to(dtype) for x in (keys, values, spread))
+    codes = (
+        Codes(x.codes, x.scales if x.scales.dtype == dtype else x.scales.to(dtype)) for x in (key_codes, value_codes)
+    )
+    outputs, logsumexp = by_numpy(_numpy.coded_attention, rows, keys, values, counts, spread, *codes, causal, _numpy)
+    return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
 
 
 def _by_torch(
