@@ -147,11 +147,19 @@ def main() -> None:
     for name, make in libraries.items():
         query = make(q[:, :1])
         calls[f"sketch {name}"] = [lambda sketch=sketch, query=query: sketch.attend(query) for sketch in layers[name]]
+        coded = AttentionSketch(args.clusters, window=args.window, sink=sink, storage="int8")
+        coded.update(*(make(x) for x in (k, v, q)))
+        copies = [copy.deepcopy(coded) for _ in range(args.layers)]
+        calls[f"sketch {name}, means in 8 bits"] = [
+            lambda sketch=sketch, query=query: sketch.attend(query) for sketch in copies
+        ]
     taken = seconds(calls, 3, args.seconds)
     yardstick = min(t for name, t in taken.items() if name.startswith("exact torch")) if torch else None
     print(f"\none token's queries over {held} pairs, in each of {args.layers} layers")
     for name, t in taken.items():
-        report(name, t, held * size / bandwidth, yardstick)
+        # A quarter of the bytes of a mean, and two scales.
+        mean = size / 4 + 8 * args.heads if name.endswith("8 bits") else size
+        report(name, t, (args.clusters * mean + (held - args.clusters) * size) / bandwidth, yardstick)
     del calls
 
     # A whole step, absorption included: as many steps of every layer as lie between two absorptions, and then the exact

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import subgen_numpy
 from numpy.typing import NDArray
-from subgen_numpy import _absorbing, _attention, _merging, _threads
+from subgen_numpy import _absorbing, _attention, _merging, _rounding, _threads
 
 import subgen
 from subgen import absorbing, backends
@@ -31,13 +32,14 @@ needs_loops = pytest.mark.skipif(_absorbing.compiled("absorbing") is None, reaso
 @pytest.fixture
 def small_is_worth_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads for whatever comes."""
-    monkeypatch.setattr(_attention, "_WORTH_A_THREAD", 1)
+    for module in (_attention, _rounding):
+        monkeypatch.setattr(module, "_WORTH_A_THREAD", 1)
     for module in (_absorbing, _merging):
         monkeypatch.setattr(module, "WORTH_A_THREAD", 1)
 
 
 def without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_absorbing, _attention, _merging):
+    for module in (_absorbing, _attention, _merging, _rounding):
         monkeypatch.setattr(module, "compiled", lambda what: None)
 
 
@@ -76,11 +78,15 @@ def given(
     return [held, keys, values, queries, tuple(bool(x) for x in rng.random(window) < asked), None]
 
 
-def absorbed_by(absorb: Callable[..., Absorbed], arguments: list[Any], leave: int, most: int) -> dict[str, Any]:
+def absorbed_by(
+    absorb: Callable[..., Absorbed], arguments: list[Any], leave: int, most: int, coded: bool = False
+) -> dict[str, Any]:
     dithers = Dithers(*(dither(1, what, 9) for what in range(4)))
-    got = absorb(*arguments, leave, 0.7, most, dithers, False, OPS)
+    got = absorb(*arguments, leave, 0.7, most, dithers, coded, OPS)
     settled = got.settled
+    of_means = (settled.key_codes, settled.value_codes)
     return {
+        **{f"{name}{i}": getattr(x, name) for i, x in enumerate(of_means) for name in ("codes", "scales") if x},
         "keys": settled.keys,
         "values": settled.values,
         "spread": settled.spread,
@@ -127,6 +133,45 @@ def test_compiled_loops_absorb_as_the_portable_code(case: dict[str, Any], most: 
         else:
             np.testing.assert_allclose(got[name], x, rtol=tolerance, atol=tolerance, err_msg=name)
         assert x is None or got[name].dtype == x.dtype, name
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_compiled_loops_absorb_into_means_in_8_bits(dtype: type) -> None:
+    arguments = given(40, nearest=0.8, dtype=dtype)
+    held = arguments[0]
+    codes = (PORTABLE["quantize"](x, dtype) for x in (held.keys, held.values))
+    arguments[0] = replace(held, **dict(zip(("keys", "values"), codes, strict=True)))
+    got = absorbed_by(NUMPY["absorb"], arguments, 5, 30, coded=True)
+    expected = absorbed_by(lambda *a: absorbing.absorb(*a[:-1], Operations()), arguments, 5, 30, coded=True)
+    for name, x in expected.items():
+        assert got[name].dtype == x.dtype, name
+        assert got[name].shape == x.shape, name
+        if name in ("codes0", "codes1"):
+            # A number that lies on the edge of a code, to the rounding of its sums.
+            assert (got[name] != x).mean() < 0.002, name
+            np.testing.assert_allclose(got[name], x, atol=1, err_msg=name)
+        else:
+            np.testing.assert_allclose(got[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scales", [np.float16, np.float32, np.float64])
+def test_compiled_loops_round_to_8_bits_as_the_portable_code(dtype: type, scales: type) -> None:
+    """To the last bit: also zeros, what was read from codes, equal magnitudes, and scales beyond their dtype."""
+    rng = np.random.default_rng(SEED)
+    x = (rng.normal(size=(3, 50, 24)) * 10.0 ** rng.integers(-9, 7, size=(3, 50, 1))).astype(dtype)
+    x[0, 0], x[1, 1, 0], x[2, 3] = 0, -0.0, -5
+    x[1, 5] = rng.integers(-127, 128, 24) * dtype(0.03125)
+    x[1, 6] *= dtype(1e30)
+    drawn = dither(3, 1, 77)
+    with np.errstate(all="ignore"):
+        for numbers in (x, x[:, 3:40]):
+            got, expected = NUMPY["quantize"](numbers, scales, drawn), PORTABLE["quantize"](numbers, scales, drawn)
+            np.testing.assert_array_equal(got.codes, expected.codes)
+            np.testing.assert_array_equal(got.scales, expected.scales)
+            assert got.scales.dtype == expected.scales.dtype
 
 
 @needs_loops

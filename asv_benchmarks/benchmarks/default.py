@@ -24,10 +24,11 @@ class Tokens(_Data):
     params = (BACKENDS, LENGTHS)
     param_names = ("backend", "n")
     timeout = 300.0
+    storage = "input"
 
     def setup(self, data: dict[str, np.ndarray], backend: str, n: int) -> None:
         self.data = {name: array(backend, x) for name, x in data.items()}
-        self.sketch = filled(n, self.data)
+        self.sketch = filled(n, self.data, storage=self.storage)
         parts = [slice(i, i + 1) for i in range(WINDOW // 2)]
         self.tokens = [tuple(self.data[name][:, part] for name in "qkv") for part in parts]
 
@@ -46,6 +47,12 @@ class Tokens(_Data):
             self.sketch.update(k, v, q)
             self.sketch.attend(q)
         synchronise(backend)
+
+
+class TokensIn8Bits(Tokens):
+    """The same with means in 8 bits."""
+
+    storage = "int8"
 
 
 class Blocks(_Data):

@@ -42,11 +42,11 @@ def absorb(
     """Let the oldest tokens of the window join the clusters, and merge; see `subgen.absorbing.absorb`."""
     given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded, ops)
     loops = compiled("absorbing")
-    if loops is None or coded:
+    wide = keys.dtype in (np.float32, np.float64) and held.spread.dtype == keys.dtype
+    if loops is None or not wide or held.leaders is not None or not held.counts.all():
         return absorbing.absorb(*given)
-    wide = keys.dtype in (np.float32, np.float64) and held.keys.dtype == held.spread.dtype == keys.dtype
-    if not wide or held.leaders is not None or not held.counts.all():
-        return absorbing.absorb(*given)
+    if coded:
+        held = absorbing.widened(held, keys.dtype)
     streams, n = held.counts.shape
     room = keys.shape[1]
     most = min(most, n + leave)
@@ -74,5 +74,13 @@ def absorb(
     helped(work, streams * (n + leave) // WORTH_A_THREAD, blas=True)
     if odd.any():  # numbers beyond what is done there
         return absorbing.absorb(*given)
-    settled = Settled(new_keys, new_values, spread, importance, None, None, Codes(codes, scales))
+    moved_up = Codes(codes, scales)
+    if coded:
+        # Rounded where they are, and the exact tokens by themselves.
+        key_codes = ops.quantize(new_keys[:, :most], keys.dtype, dithers.keys)
+        value_codes = ops.quantize(new_values[:, :most], keys.dtype, dithers.values)
+        exact_keys, exact_values = (np.ascontiguousarray(x[:, most:]) for x in (new_keys, new_values))
+        settled = Settled(exact_keys, exact_values, spread, importance, key_codes, value_codes, moved_up)
+    else:
+        settled = Settled(new_keys, new_values, spread, importance, None, None, moved_up)
     return Absorbed(settled, counts, None if held.nearest is None else nearest, moved)
