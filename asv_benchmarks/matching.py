@@ -22,7 +22,7 @@ from subgen.files import read_capture, sample
 
 INDEX = 0x1FFF  # the low bits of an order, which tell equal importances apart
 GUARDS = 4
-AT_ONCE = 512  # columns
+AT_ONCE = 384  # columns
 LAST = 6  # absorptions counted of each stream
 
 Floats = NDArray[np.floating[Any]]

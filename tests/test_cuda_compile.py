@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from subgen_cupy._absorbing import absorbing_module
@@ -174,6 +178,61 @@ def test_registers_and_shared_memory_are_as_stated(report: str) -> None:
 def test_blocks_fit_a_multiprocessor() -> None:
     assert VARIANTS["matching_many"][1]["match_pairs"] * 1024 <= REGISTERS
     assert VARIANTS["merging"][1]["pair_costs"] * 256 * 2 <= REGISTERS
+
+
+@cache
+def runtime_compiler() -> Any:
+    """The compiler that CuPy calls, as a library; it has no use for a driver."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvrtc") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("nvidia-cuda-nvrtc is not installed")
+    found = [file for file in files if ".so." in file.name and ".alt." not in file.name]
+    # What it looks for by name it finds loaded.
+    libraries = [
+        ctypes.CDLL(str(file.locate())) for file in sorted(found, key=lambda file: "builtins" not in file.name)
+    ]
+    return libraries[-1]
+
+
+def compiled_at_runtime(source: str, architecture: int) -> str:
+    """Compile as CuPy does; what the compiler says."""
+    compiler, program, size = runtime_compiler(), ctypes.c_void_p(), ctypes.c_size_t()
+    options = [b"--std=c++17", f"-arch=sm_{architecture}".encode(), b"--ptxas-options=-v"]
+    assert compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None) == 0
+    result = compiler.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    compiler.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    compiler.nvrtcGetProgramLog(program, log)
+    compiler.nvrtcDestroyProgram(ctypes.byref(program))
+    assert result == 0, log.value.decode()
+    return log.value.decode()
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_compiler_of_cupy_takes_every_kernel(variant: str, architecture: int) -> None:
+    """Which refuses what nvcc allows, functions without a word about where they run above all."""
+    module, most = VARIANTS[variant]
+    held_to(compiled_at_runtime(module.source(), architecture), most)
+
+
+def test_clusters_of_blocks_are_compiled() -> None:
+    held_to(compiled_at_runtime(matching_module(8, 4).source(), 90), {"match_pairs": 64})
+
+
+def held_to(report: str, most: dict[str, int]) -> None:
+    """No local memory, and registers as stated."""
+    entries = re.split(r"(?=Compiling entry function)", report)[1:]
+    found = {re.search(r"'(\w+)'", entry)[1]: entry for entry in entries}  # type: ignore[index]
+    assert set(most) <= set(found)
+    for kernel, entry in found.items():
+        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        assert numbers is not None, report
+        assert registers is not None, report
+        assert numbers.groups() == ("0", "0", "0"), (kernel, entry)
+        assert int(registers[1]) <= most.get(kernel, 255), (kernel, entry)
 
 
 def test_the_driver_compiler_needs_no_header() -> None:

@@ -25,11 +25,11 @@ enum { WEIGHT, DRAWN_KEYS, DRAWN_VALUES, DRAWN_SPREAD, DRAWN_IMPORTANCE, ANEW };
 __device__ __forceinline__ float or_one(float length) { return length > 0.0f ? length : 1.0f; }
 
 // Widens a row, times its scale, into a place, if there is one, by a warp; its length.
-template <class T>
-__device__ __forceinline__ float widen_row(const T* from, float scale, float* to, int n) {
+template <int N, class T>
+__device__ __forceinline__ float widen_parts(const T* from, float scale, float* to, int n) {
   float squared = 0.0f;
-  each_part(n, [&](int d, auto size) {
-    constexpr int N = decltype(size)::value;
+#pragma unroll 1
+  for (int d = N * (threadIdx.x % 32); d < n; d += 32 * N) {
     const Part<T, N> part = read_part<N>(from + d);
     Part<float, N> x;
 #pragma unroll
@@ -38,22 +38,31 @@ __device__ __forceinline__ float widen_row(const T* from, float scale, float* to
       squared += x.of[e] * x.of[e];
     }
     if (to) write_part(to + d, x);
-  });
+  }
   return sqrtf(warp_sum(squared));
+}
+template <class T>
+__device__ __forceinline__ float widen_row(const T* from, float scale, float* to, int n) {
+  return n % 4 ? widen_parts<1>(from, scale, to, n) : widen_parts<4>(from, scale, to, n);
 }
 
 // Adds the direction of a key so many times, by a warp.
-template <class T>
-__device__ __forceinline__ void add_direction(const T* key, float scale, float length, float count, int head_dim,
-                                              float* sum) {
-  each_part(head_dim, [&](int d, auto size) {
-    constexpr int N = decltype(size)::value;
+template <int N, class T>
+__device__ __forceinline__ void add_parts(const T* key, float scale, float length, float count, int head_dim, float* sum) {
+#pragma unroll 1
+  for (int d = N * (threadIdx.x % 32); d < head_dim; d += 32 * N) {
     const Part<T, N> part = read_part<N>(key + d);
     Part<float, N> x = read_part<N>(sum + d);
 #pragma unroll
     for (int e = 0; e < N; e++) x.of[e] += widen(part.of[e]) * scale / length * count;
     write_part(sum + d, x);
-  });
+  }
+}
+template <class T>
+__device__ __forceinline__ void add_direction(const T* key, float scale, float length, float count, int head_dim,
+                                              float* sum) {
+  if (head_dim % 4) add_parts<1>(key, scale, length, count, head_dim, sum);
+  else add_parts<4>(key, scale, length, count, head_dim, sum);
 }
 
 // Steps are those from stream to stream. `sums` are of shape (streams, chunks, head_dim); `lengths` of keys, (streams,
@@ -130,17 +139,23 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
   }
 }
 
-template <class T>
-__device__ __forceinline__ float away_from(const float* anchor, const T* key, float scale, float length, int head_dim) {
+template <int N, class T>
+__device__ __forceinline__ float away_by_parts(const float* anchor, const T* key, float scale, float length,
+                                               int head_dim) {
   float cosine = 0.0f;
-  each_part(head_dim, [&](int d, auto size) {
-    constexpr int N = decltype(size)::value;
+#pragma unroll 1
+  for (int d = N * (threadIdx.x % 32); d < head_dim; d += 32 * N) {
     const Part<T, N> part = read_part<N>(key + d);
     const Part<float, N> of_anchor = read_part<N>(anchor + d);
 #pragma unroll
     for (int e = 0; e < N; e++) cosine += widen(part.of[e]) * scale / length * of_anchor.of[e];
-  });
+  }
   return 1.0f - warp_sum(cosine);
+}
+template <class T>
+__device__ __forceinline__ float away_from(const float* anchor, const T* key, float scale, float length, int head_dim) {
+  return head_dim % 4 ? away_by_parts<1>(anchor, key, scale, length, head_dim)
+                      : away_by_parts<4>(anchor, key, scale, length, head_dim);
 }
 
 // `away` is of shape (streams, clusters + window).
@@ -366,16 +381,22 @@ __device__ __forceinline__ T round_to(float x, float u, const T*) {
   return dithered;
 }
 
-__device__ __forceinline__ void round_row(const float* from, ELEMENT* to, int n, int first, double golden, double drawn) {
-  each_part(n, [&](int d, auto size) {
-    constexpr int N = decltype(size)::value;
+template <int N>
+__device__ __forceinline__ void round_parts(const float* from, ELEMENT* to, int n, int first, double golden,
+                                            double drawn) {
+#pragma unroll 1
+  for (int d = N * (threadIdx.x % 32); d < n; d += 32 * N) {
     const Part<float, N> part = read_part<N>(from + d);
     Part<ELEMENT, N> rounded;
 #pragma unroll
     for (int e = 0; e < N; e++)
       rounded.of[e] = round_to(part.of[e], dither(first + d + e, golden, drawn), (const ELEMENT*)nullptr);
     write_part(to + d, rounded);
-  });
+  }
+}
+__device__ __forceinline__ void round_row(const float* from, ELEMENT* to, int n, int first, double golden, double drawn) {
+  if (n % 4) round_parts<1>(from, to, n, first, golden, drawn);
+  else round_parts<4>(from, to, n, first, golden, drawn);
 }
 
 // See `subgen.rounding.quantize`.
@@ -399,14 +420,19 @@ __device__ __forceinline__ void quantize_row(const float* from, signed char* cod
 
 // Of the places of a queue, those that leave are gone, the others move up, and room comes behind: zeros, or the tokens
 // of a turn.
-template <class T>
-__device__ __forceinline__ void move_row(const T* from, bool room, T* to, int n) {
-  each_part(n, [&](int d, auto size) {
-    constexpr int N = decltype(size)::value;
+template <int N, class T>
+__device__ __forceinline__ void move_parts(const T* from, bool room, T* to, int n) {
+#pragma unroll 1
+  for (int d = N * (threadIdx.x % 32); d < n; d += 32 * N) {
     Part<T, N> part = {};
     if (!room) part = read_part<N>(from + d);
     write_part(to + d, part);
-  });
+  }
+}
+template <class T>
+__device__ __forceinline__ void move_row(const T* from, bool room, T* to, int n) {
+  if (n % 4) move_parts<1>(from, room, to, n);
+  else move_parts<4>(from, room, to, n);
 }
 
 // Clusters go before the exact tokens, or where there are codes for them, there. A warp per cluster or exact token.

@@ -94,7 +94,7 @@ __device__ __forceinline__ void to_8_bits(Read read, int dim, signed char* codes
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
-// Neighbouring numbers of a row, read and written at once.
+// Neighbouring numbers of a row, read and written at once: four where rows are whole fours, and then aligned to them.
 template <class T, int N> struct alignas(N * sizeof(T)) Part { T of[N]; };
 template <int N, class T>
 __device__ __forceinline__ Part<T, N> read_part(const T* from) {
@@ -103,19 +103,4 @@ __device__ __forceinline__ Part<T, N> read_part(const T* from) {
 template <class T, int N>
 __device__ __forceinline__ void write_part(T* to, const Part<T, N>& part) {
   *reinterpret_cast<Part<T, N>*>(to) = part;
-}
-
-template <int N> struct Size { static constexpr int value = N; };
-
-// Where the lanes of a warp are in a row: four numbers each where rows are whole fours, and then aligned to them; else one.
-template <class Use>
-__device__ __forceinline__ void each_part(int n, Use use) {
-  const int lane = threadIdx.x % 32;
-  if (n % 4 == 0) {
-#pragma unroll 1
-    for (int d = 4 * lane; d < n; d += 128) use(d, Size<4>());
-  } else {
-#pragma unroll 1
-    for (int d = lane; d < n; d += 32) use(d, Size<1>());
-  }
 }

@@ -14,7 +14,7 @@
 // Set by the launcher: PEERS, GUARDS (kept of each cluster).
 
 constexpr int CHUNK = 128;    // columns that a warp reads at once, four a lane: rows are whole chunks
-constexpr int AT_ONCE = 4;    // chunks that are on their way
+constexpr int AT_ONCE = 3;    // chunks that are on their way
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned NOBODY = 0x7f800000u;  // the bits of an infinite cost; those of a pair that is not compared are beyond

@@ -414,6 +414,18 @@ pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, con
     }
 }
 
+template <int N>
+__device__ __forceinline__ void merge_parts(const float* value, const float* mate, float share, float* to, int n) {
+#pragma unroll 1
+  for (int d = N * (threadIdx.x % 32); d < n; d += 32 * N) {
+    Part<float, N> x = read_part<N>(value + d);
+    const Part<float, N> y = read_part<N>(mate + d);
+#pragma unroll
+    for (int e = 0; e < N; e++) x.of[e] += (y.of[e] - x.of[e]) * share;
+    write_part(to + d, x);
+  }
+}
+
 // A warp per place of the result.
 extern "C" __global__ void __launch_bounds__(THREADS)
 merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, const int* __restrict__ counts,
@@ -469,14 +481,9 @@ merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, co
       if (lane == 0) merge_spread(c, apart);
     }
   }
-  each_part(value_dim, [&](int d, auto size) {
-    constexpr int N = decltype(size)::value;
-    Part<float, N> value = read_part<N>(values + a * value_dim + d);
-    const Part<float, N> mate_value = read_part<N>(values + b * value_dim + d);
-#pragma unroll
-    for (int e = 0; e < N; e++) value.of[e] += (mate_value.of[e] - value.of[e]) * share;
-    write_part(new_values + place * value_dim + d, value);
-  });
+  const float *value = values + a * value_dim, *mate_value = values + b * value_dim;
+  if (value_dim % 4) merge_parts<1>(value, mate_value, share, new_values + place * value_dim, value_dim);
+  else merge_parts<4>(value, mate_value, share, new_values + place * value_dim, value_dim);
   // The leader of the first stays, bit by bit, whatever its dtype.
   for (int d = lane; d < leader_halves; d += 32)
     new_leaders[place * leader_halves + d] = leaders[a * leader_halves + d];
