@@ -89,8 +89,9 @@ def decode(held: Held, queries: Array, keys: Array, values: Array, scale: float,
     scale : float
         Factor of the logits.
     ops : Operations
-        `subgen.rounding.quantize`, `subgen.tail.write` and `answer`, one after the other, are what this is. As with
-        ``write``, what is behind the exact tokens is nobody's, and may be written in place.
+        `subgen.rounding.quantize`, `subgen.tail.write`, and `subgen.mass.sketch_attention` or
+        `subgen.mass.coded_attention`, one after the other, are what this is. As with ``write``, what is behind the
+        exact tokens is nobody's, and may be written in place.
 
     Returns
     -------
