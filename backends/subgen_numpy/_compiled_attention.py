@@ -76,12 +76,8 @@ def answer(
             break
         rows = in_memory(places, 0, s, (m, dim), outputs)
         _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, 0)
-        _logarithms(in_memory(places, 3, s, (clusters,), integers), log_counts)
-        _find_energy(rows, energy)
-        _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), outputs), logits)
-        _find_peaks(logits, peak)
-        _exponentials(logits, peak)
-        _add_up(logits, total)
+        counts, spread = in_memory(places, 3, s, (clusters,), integers), in_memory(places, 4, s, (clusters, 4), outputs)
+        _to_weights(rows, counts, spread, log_counts, energy, logits, peak, total)
         sums[:] = 0
         _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums, 0)
         _write(sums, total, peak, outputs, logsumexp, s)
@@ -132,12 +128,8 @@ def answer_coded(
         _multiply(rows, in_memory(places, 5, s, (clusters, dim), codes), logits, 0)
         _scale(logits, in_memory(places, 7, s, (clusters,), outputs))
         _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, clusters)
-        _logarithms(in_memory(places, 3, s, (clusters,), integers), log_counts)
-        _find_energy(rows, energy)
-        _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), outputs), logits)
-        _find_peaks(logits, peak)
-        _exponentials(logits, peak)
-        _add_up(logits, total)
+        counts, spread = in_memory(places, 3, s, (clusters,), integers), in_memory(places, 4, s, (clusters, 4), outputs)
+        _to_weights(rows, counts, spread, log_counts, energy, logits, peak, total)
         _scale(logits, in_memory(places, 8, s, (clusters,), outputs))
         sums[:] = 0
         _weigh(logits, in_memory(places, 6, s, (clusters, value_dim), codes), sums, 0)
@@ -146,6 +138,19 @@ def answer_coded(
         finish(turns)
     if waits:
         wait(turns, streams)
+
+
+@njit(**OPTIONS)
+def _to_weights(
+    rows: Any, counts: Any, spread: Any, log_counts: Any, energy: Any, logits: Any, peak: Any, total: Any
+) -> None:
+    """Turn inner products into weights, the largest of each row 1, and sum them up."""
+    _logarithms(counts, log_counts)
+    _find_energy(rows, energy)
+    _add_masses(log_counts, energy, spread, logits)
+    _find_peaks(logits, peak)
+    _exponentials(logits, peak)
+    _add_up(logits, total)
 
 
 @njit(**OPTIONS)
