@@ -27,8 +27,8 @@ Floats = NDArray[np.floating[Any]]
 
 # Up to this many rows the product with keys on the left is the faster one, several times so for a few.
 _FEW_ROWS = 32
-# Bytes that are worth a thread: reading them takes several times as long as waking it up.
-_WORTH_A_THREAD = 2**21
+# Numbers that are worth a thread: reading them takes several times as long as waking it up, and of 8 bits hardly less.
+_WORTH_A_THREAD = 2**19
 
 
 def weighted_attention(queries: Floats, keys: Floats, values: Floats, log_weights: Floats) -> tuple[Floats, Floats]:
@@ -127,7 +127,7 @@ def _answers(
         else:
             loops.answer(turns, waits, places, integers, *sizes, outputs, logsumexp)
 
-    helped(answer, min(streams, sum(x.nbytes for x in (keys, values, *coded)) // _WORTH_A_THREAD))
+    helped(answer, min(streams, sum(x.size for x in (keys, values, *coded)) // _WORTH_A_THREAD))
     return outputs, logsumexp
 
 
