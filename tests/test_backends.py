@@ -17,7 +17,7 @@ from subgen import backends
 from subgen.absorbing import Dithers
 from subgen.backends import PORTABLE, Backend, BackendError
 from subgen.merging import Means
-from subgen.rounding import Codes, dither
+from subgen.rounding import Codes, dequantize, dither
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_attention_over_clusters_in_8_bits_is_that_over_what_the_codes_say(
     codes = [replace(of, scales=of.scales / stored(64)) for of in codes]
     counts = rng.integers(0, 4, size=(3, clusters)).astype(np.int32)
     spread = rng.uniform(0, 0.3, size=(3, clusters, 4)).astype(stored)
-    means = [of.codes * of.scales.astype(np.float32)[:, :, None] for of in codes]
+    means = [dequantize(of, np.float32) for of in codes]
     pairs = [np.concatenate([mean, x.astype(np.float32)], axis=1) for mean, x in zip(means, (k, v), strict=True)]
     expected = PORTABLE["sketch_attention"](q, *pairs, counts, spread, causal)
     arrays = tuple(map(library.array, (q, k, v, counts, spread)))

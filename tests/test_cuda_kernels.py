@@ -40,7 +40,7 @@ from subgen.absorbing import Dithers
 from subgen.backends import PORTABLE
 from subgen.mass import log_weights
 from subgen.merging import Means
-from subgen.rounding import Codes, dither
+from subgen.rounding import Codes, dequantize, dither
 
 # Sums of a few hundred float32 terms of order 1, in another order than the reference's.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -146,12 +146,9 @@ def test_means_in_8_bits_are_read_as_they_are(lab: Lab, dtype: str, head_dim: in
     spread = (rng.random((2, c, merging.bands(head_dim))) * 0.2).astype(DTYPES[dtype])
     given = [put_codes(lab, x) for x in (queries, keys, values, counts, spread, *means)]
     given[1:3] = (x[:, :n] for x in given[1:3])  # behind them is room
-    if lab.name in GPUS:
-        got = BACKEND.operations["coded_attention"](*given, 0, backends.Operations())
-    else:
-        got = _attention.attend(lab.device, *given[:3], tuple(given[3:5]), codes=tuple(given[5:]))  # type: ignore[arg-type]
+    got = _attention.attend(lab.device, *given[:3], tuple(given[3:5]), codes=tuple(given[5:]))  # type: ignore[arg-type]
     whole = [
-        np.concatenate([of.codes * of.scales.astype(np.float64)[:, :, None], x[:, :n].astype(np.float64)], axis=1)
+        np.concatenate([dequantize(of, np.float64), x[:, :n].astype(np.float64)], axis=1)
         for of, x in zip(means, (keys, values), strict=True)
     ]
     wide = queries.astype(np.float64)
@@ -326,7 +323,7 @@ def test_a_token_is_taken_in_and_answered(
     keys, values = (lab.get(x)[:, :used].astype(np.float64) for x in (decoded.keys, decoded.values))
     if held.key_codes is not None and held.value_codes is not None:
         keys, values = (
-            np.concatenate([lab.get(of.codes) * lab.get(of.scales).astype(np.float64)[:, :, None], x], axis=1)
+            np.concatenate([dequantize(Codes(lab.get(of.codes), lab.get(of.scales)), np.float64), x], axis=1)
             for of, x in ((held.key_codes, keys), (held.value_codes, values))
         )
     expected, _ = written_out(wide, keys, values, np.concatenate(weights, axis=-1))

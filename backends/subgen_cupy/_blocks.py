@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from subgen.absorbing import Settled
+from subgen.absorbing import Settled, means_and_exact
 from subgen.blocks import Tokens, Turn, Turned
 from subgen.merging import Means
 from subgen.rounding import Codes
@@ -109,17 +109,16 @@ class _Held:
 
 
 def _parts(stored: Stored, clusters: int, remember: bool) -> _Held:
-    coded = stored.key_codes is not None
-    before = 0 if coded else clusters
+    mean_keys, mean_values, keys, values = means_and_exact(stored, clusters)
     means = Means(
-        stored.key_codes if coded else stored.keys[:, :clusters],
-        stored.value_codes if coded else stored.values[:, :clusters],
+        mean_keys,
+        mean_values,
         stored.counts,
         stored.spread,
         stored.importance,
         nearest=stored.nearest if remember else None,
     )
-    return _Held(means, stored.keys[:, before:], stored.values[:, before:], stored.queries)
+    return _Held(means, keys, values, stored.queries)
 
 
 def absorb_blocks(

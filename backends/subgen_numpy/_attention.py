@@ -122,10 +122,7 @@ def _answers(
 
     # The arrays are there as long as a thread may come.
     def answer(turns: NDArray[np.int64], waits: bool, _: object = arrays) -> None:
-        if coded:
-            loops.answer_coded(turns, waits, places, integers, codes, *sizes, outputs, logsumexp)
-        else:
-            loops.answer(turns, waits, places, integers, *sizes, outputs, logsumexp)
+        loops.answer(turns, waits, places, integers, codes, *sizes, outputs, logsumexp)
 
     helped(answer, min(streams, sum(x.size for x in (keys, values, *coded)) // _WORTH_A_THREAD))
     return outputs, logsumexp

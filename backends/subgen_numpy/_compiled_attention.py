@@ -13,7 +13,7 @@ from numba import njit
 
 from ._compiled_streams import OPTIONS, SUMS, finish, in_memory, take_next, wait
 
-__all__ = ["ROWS", "answer", "answer_coded"]
+__all__ = ["ROWS", "answer"]
 
 # Rows that share each load of a key and of a value; keys, and values, from as many places are read at once, which makes
 # better use of memory than one after the other.
@@ -38,6 +38,7 @@ def answer(
     waits: Any,
     places: Any,
     integers: Any,
+    codes: Any,
     m: int,
     n: int,
     clusters: int,
@@ -53,7 +54,7 @@ def answer(
         Zeros; the same for all threads.
     waits : bool
         Whether to wait for what others do.
-    places : int64 array, shape (5, 2)
+    places : int64 array, shape (5, 2) or (9, 2)
         Where there are, see `subgen_numpy._compiled_streams.in_memory`, but for the last in float32:
 
         - scaled queries, shape (streams, m, head_dim): m is a multiple of `ROWS`;
@@ -61,13 +62,20 @@ def answer(
         - values, shape (streams, n, value_dim);
         - counts, int32, shape (streams, clusters): 0 where a place is free;
         - spread, shape (streams, clusters, 4): see `subgen.merging.Means`.
+
+        With means in 8 bits, keys and values are those of the n exact pairs alone, and behind these there are, of the
+        clusters, codes of keys and of values, int8, shape (streams, clusters, dim), and their scales,
+        shape (streams, clusters).
     integers : int32 array
+    codes : int8 array
     m, n, clusters, dim : int
     outputs, logsumexp : float32 array, shape (streams, rows, value_dim) and (streams, rows)
         Written, of the first of the rows.
     """
     streams, value_dim = outputs.shape[0], outputs.shape[2]
-    logits, sums = np.empty((m, n), _single), np.empty((m, value_dim), _single)
+    coded = places.shape[0] > 5
+    at = clusters if coded else 0
+    logits, sums = np.empty((m, at + n), _single), np.empty((m, value_dim), _single)
     total, peak, energy = np.empty(m, _single), np.empty(m, _single), np.empty((m, 4), _single)
     log_counts = np.empty(clusters, _single)
     while True:
@@ -75,94 +83,31 @@ def answer(
         if s >= streams:
             break
         rows = in_memory(places, 0, s, (m, dim), outputs)
-        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, 0)
-        counts, spread = in_memory(places, 3, s, (clusters,), integers), in_memory(places, 4, s, (clusters, 4), outputs)
-        _to_weights(rows, counts, spread, log_counts, energy, logits, peak, total)
+        if coded:
+            _multiply(rows, in_memory(places, 5, s, (clusters, dim), codes), logits, 0)
+            _scale(logits, in_memory(places, 7, s, (clusters,), outputs))
+        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, at)
+        _logarithms(in_memory(places, 3, s, (clusters,), integers), log_counts)
+        _find_energy(rows, energy)
+        _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), outputs), logits)
+        _find_peaks(logits, peak)
+        _exponentials(logits, peak)
+        _add_up(logits, total)
         sums[:] = 0
-        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums, 0)
-        _write(sums, total, peak, outputs, logsumexp, s)
+        if coded:
+            _scale(logits, in_memory(places, 8, s, (clusters,), outputs))
+            _weigh(logits, in_memory(places, 6, s, (clusters, value_dim), codes), sums, 0)
+        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums, at)
+        for i in range(logsumexp.shape[1]):
+            # A row without any weight: an output of zero and a logsumexp of -inf.
+            some = total[i] != 0
+            logsumexp[s, i] = np.log(total[i]) + peak[i] if some else -_INFINITE
+            share = 1 / total[i] if some else _single(0)
+            for t in range(sums.shape[1]):
+                outputs[s, i, t] = sums[i, t] * share
         finish(turns)
     if waits:
         wait(turns, streams)
-
-
-@njit(**OPTIONS)
-def answer_coded(
-    turns: Any,
-    waits: Any,
-    places: Any,
-    integers: Any,
-    codes: Any,
-    m: int,
-    n: int,
-    clusters: int,
-    dim: int,
-    outputs: Any,
-    logsumexp: Any,
-) -> None:
-    """Attend over clusters whose means are in 8 bits, and exact pairs; several threads may do so at once.
-
-    Parameters
-    ----------
-    turns, waits
-        As in `answer`.
-    places : int64 array, shape (9, 2)
-        As in `answer`, with keys and values of the n exact pairs alone; and behind them, of the clusters
-
-        - codes of keys, int8, shape (streams, clusters, head_dim), and of values;
-        - their scales, float32, shape (streams, clusters).
-    integers : int32 array
-    codes : int8 array
-    m, n, clusters, dim, outputs, logsumexp
-        As in `answer`.
-    """
-    streams, value_dim = outputs.shape[0], outputs.shape[2]
-    logits, sums = np.empty((m, clusters + n), _single), np.empty((m, value_dim), _single)
-    total, peak, energy = np.empty(m, _single), np.empty(m, _single), np.empty((m, 4), _single)
-    log_counts = np.empty(clusters, _single)
-    while True:
-        s = take_next(turns)
-        if s >= streams:
-            break
-        rows = in_memory(places, 0, s, (m, dim), outputs)
-        _multiply(rows, in_memory(places, 5, s, (clusters, dim), codes), logits, 0)
-        _scale(logits, in_memory(places, 7, s, (clusters,), outputs))
-        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, clusters)
-        counts, spread = in_memory(places, 3, s, (clusters,), integers), in_memory(places, 4, s, (clusters, 4), outputs)
-        _to_weights(rows, counts, spread, log_counts, energy, logits, peak, total)
-        _scale(logits, in_memory(places, 8, s, (clusters,), outputs))
-        sums[:] = 0
-        _weigh(logits, in_memory(places, 6, s, (clusters, value_dim), codes), sums, 0)
-        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums, clusters)
-        _write(sums, total, peak, outputs, logsumexp, s)
-        finish(turns)
-    if waits:
-        wait(turns, streams)
-
-
-@njit(**OPTIONS)
-def _to_weights(
-    rows: Any, counts: Any, spread: Any, log_counts: Any, energy: Any, logits: Any, peak: Any, total: Any
-) -> None:
-    """Turn inner products into weights, the largest of each row 1, and sum them up."""
-    _logarithms(counts, log_counts)
-    _find_energy(rows, energy)
-    _add_masses(log_counts, energy, spread, logits)
-    _find_peaks(logits, peak)
-    _exponentials(logits, peak)
-    _add_up(logits, total)
-
-
-@njit(**OPTIONS)
-def _write(sums: Any, total: Any, peak: Any, outputs: Any, logsumexp: Any, s: int) -> None:
-    """Write the answers of a stream."""
-    for i in range(logsumexp.shape[1]):
-        # A row without any weight: an output of zero and a logsumexp of -inf.
-        some = total[i] != 0
-        logsumexp[s, i] = np.log(total[i]) + peak[i] if some else -_INFINITE
-        share = 1 / total[i] if some else _single(0)
-        for t in range(sums.shape[1]):
-            outputs[s, i, t] = sums[i, t] * share
 
 
 @njit(**OPTIONS)

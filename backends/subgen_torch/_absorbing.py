@@ -6,20 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from subgen_numpy import BACKEND
 from torch import Tensor
 
 from subgen import absorbing, rounding
 from subgen.absorbing import Absorbed, Dithers
-from subgen.backends import Operations
 from subgen.merging import Means
 from subgen.rounding import Codes, Dither
 
-from ._shared import NUMPY_DTYPES, by_numpy, to_torch
+from ._shared import NUMPY, NUMPY_DTYPES, by_numpy, to_torch
 
 __all__ = ["absorb", "quantize"]
-
-_numpy = Operations(**BACKEND.operations)
 
 
 @torch.no_grad()
@@ -41,7 +37,7 @@ def absorb(
     given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded)
     if keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.float64):
         return absorbing.absorb(*given, ops)
-    absorbed: Absorbed = by_numpy(_numpy.absorb, *given, _numpy)
+    absorbed: Absorbed = by_numpy(NUMPY.absorb, *given, NUMPY)
     settled = absorbed.settled
     arrays = ("keys", "values", "spread", "importance", "key_codes", "value_codes", "queries")
     return Absorbed(
@@ -57,5 +53,5 @@ def quantize(x: Tensor, dtype: torch.dtype, uniform: Dither | None = None) -> Co
     """Round vectors to 8 bits; see `subgen.rounding.quantize`."""
     if x.device.type != "cpu" or x.element_size() == 2 or dtype not in NUMPY_DTYPES:
         return rounding.quantize(x, dtype, uniform)
-    codes: Codes = to_torch(by_numpy(_numpy.quantize, x, NUMPY_DTYPES[dtype], uniform))
+    codes: Codes = to_torch(by_numpy(NUMPY.quantize, x, NUMPY_DTYPES[dtype], uniform))
     return codes

@@ -6,22 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from subgen_numpy import BACKEND
 from torch import Tensor
 
 from subgen import mass
-from subgen.backends import Operations
 from subgen.merging import bands
 from subgen.rounding import Codes
 from subgen.weighted import causal_bias
 
-from ._shared import by_numpy
+from ._shared import NUMPY, by_numpy
 
 __all__ = ["coded_attention", "sketch_attention", "weighted_attention"]
 
 # Up to this many rows NumPy's way is the faster one on a CPU, by a third for the rows of one token.
 _FEW_ROWS = 32
-_numpy = Operations(**BACKEND.operations)
 
 
 @torch.no_grad()
@@ -51,7 +48,7 @@ def sketch_attention(
     if rows.shape[1] <= _FEW_ROWS and rows.device.type == "cpu":
         dtype = rows.dtype
         keys, values, spread = (x if x.dtype == dtype else x.to(dtype) for x in (keys, values, spread))
-        outputs, logsumexp = by_numpy(_numpy.sketch_attention, rows, keys, values, counts, spread, causal)
+        outputs, logsumexp = by_numpy(NUMPY.sketch_attention, rows, keys, values, counts, spread, causal)
         return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
     with torch.no_grad():
         return _by_torch(rows, keys, values, counts, spread, causal)
@@ -80,7 +77,7 @@ def coded_attention(
     codes = (
         Codes(x.codes, x.scales if x.scales.dtype == dtype else x.scales.to(dtype)) for x in (key_codes, value_codes)
     )
-    outputs, logsumexp = by_numpy(_numpy.coded_attention, rows, keys, values, counts, spread, *codes, causal, _numpy)
+    outputs, logsumexp = by_numpy(NUMPY.coded_attention, rows, keys, values, counts, spread, *codes, causal, NUMPY)
     return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
 
 

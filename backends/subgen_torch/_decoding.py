@@ -8,19 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from subgen_numpy import BACKEND
 from torch import Tensor
 
 from subgen import decoding
-from subgen.backends import Operations
 from subgen.decoding import Decoded, Held
 from subgen.rounding import Codes
 
-from ._shared import by_numpy, shared
+from ._shared import NUMPY, by_numpy, shared
 
 __all__ = ["decode"]
-
-_numpy = Operations(**BACKEND.operations)
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,6 @@ def decode(held: Held, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
         n_exact=held.n_exact,
         n_seen=held.n_seen,
     )
-    decoded = by_numpy(_numpy.decode, mine, queries, keys, values, scale, _numpy)
+    decoded = by_numpy(NUMPY.decode, mine, queries, keys, values, scale, NUMPY)
     # NumPy writes in place.
     return Decoded(held.keys, held.values, held.queries, torch.from_numpy(decoded.outputs))

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from subgen_numpy import at_most, threads
+from subgen_numpy import BACKEND, at_most, threads
 from torch import Tensor
 
+from subgen.backends import Operations
 from subgen.merging import Means
 from subgen.rounding import Codes
 
-__all__ = ["NUMPY_DTYPES", "by_numpy", "shared", "to_torch"]
+__all__ = ["NUMPY", "NUMPY_DTYPES", "by_numpy", "shared", "to_torch"]
+
+#: What the NumPy backend does.
+NUMPY = Operations(**BACKEND.operations)
 
 #: The floating dtypes that both libraries have.
 NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}

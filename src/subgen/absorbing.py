@@ -15,7 +15,18 @@ from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
 from .rounding import Codes, Dither, dequantize, quantize, round_to
 
-__all__ = ["VALUE_WEIGHT", "Absorbed", "Dithers", "Settled", "absorb", "collect", "settle", "value_scale", "widened"]
+__all__ = [
+    "VALUE_WEIGHT",
+    "Absorbed",
+    "Dithers",
+    "Settled",
+    "absorb",
+    "collect",
+    "means_and_exact",
+    "settle",
+    "value_scale",
+    "widened",
+]
 
 # Weight of a squared distance of values, in units of their typical norm, beside one of logits: keys that were merged
 # wrongly are mended by the spread, values are not.
@@ -57,6 +68,22 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
         remember=held.nearest is not None,
     )
     return join(held, leaving), value_scale(values)
+
+
+def means_and_exact(stored: Any, clusters: int) -> tuple[Array, Array, Array, Array]:
+    """Return the means of keys and of values, as they are stored, and the exact ones with the room behind them.
+
+    Parameters
+    ----------
+    stored : Settled
+        Or anything else that has its keys and values, and codes of the means or None.
+    clusters : int
+        Means that there are, before the exact tokens if they are no codes.
+    """
+    keys, values = stored.keys, stored.values
+    if stored.key_codes is not None:
+        return stored.key_codes, stored.value_codes, keys, values
+    return keys[:, :clusters, :], values[:, :clusters, :], keys[:, clusters:, :], values[:, clusters:, :]
 
 
 def widened(means: Means, wide: object) -> Means:

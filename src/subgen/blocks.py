@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._array import Array
-from .absorbing import Dithers, Settled
+from .absorbing import Dithers, Settled, means_and_exact
 from .merging import Means, nobody
 from .rounding import Codes
 
@@ -102,8 +102,7 @@ def absorb_blocks(
     clusters, window = held.counts.shape[1], queries.scales.shape[1]
     asked = (tokens.queries is not None,) * window
     coded = isinstance(held.keys, Codes)
-    before = 0 if coded else clusters
-    place, at = before + keys.shape[1] - leave, window - leave
+    place, at = (0 if coded else clusters) + keys.shape[1] - leave, window - leave
     for i, turn in enumerate(turns):
         if turn.anew:
             held = replace(held, nearest=nobody(held.counts))
@@ -122,10 +121,10 @@ def absorb_blocks(
             values=ops.write(settled.values, place, tokens.values[:, part, :]),
             queries=queries,
         )
-        keys, values = settled.keys[:, before:, :], settled.values[:, before:, :]
+        mean_keys, mean_values, keys, values = means_and_exact(settled, clusters)
         held = Means(
-            settled.key_codes if coded else settled.keys[:, :clusters, :],
-            settled.value_codes if coded else settled.values[:, :clusters, :],
+            mean_keys,
+            mean_values,
             absorbed.counts,
             settled.spread,
             settled.importance,

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
 from ._checks import check_scale
-from .absorbing import Dithers, Settled, widened
+from .absorbing import Dithers, Settled, means_and_exact, widened
 from .backends import Operations
 from .blocks import Tokens, Turn
 from .budget import Budget, Footprint
@@ -541,9 +541,7 @@ class ClusterMeans:
 
     def stored(self, state: MeansState) -> Means:
         """Return the clusters as they are stored."""
-        keys, values = state.key_codes, state.value_codes
-        if keys is None:
-            keys, values = state.keys[:, : state.n_means, :], state.values[:, : state.n_means, :]
+        keys, values, _, _ = means_and_exact(state, state.n_means)
         return Means(keys, values, state.counts, state.spread, state.importance, state.leaders, state.nearest)
 
     def means(self, state: MeansState, wide: object) -> Means:
