@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import subgen_numpy
 from numpy.typing import NDArray
-from subgen_numpy import _absorbing, _attention, _merging, _rounding, _threads
+from subgen_numpy import _absorbing, _attention, _merging, _rounding, _threads, _words
 
 import subgen
 from subgen import absorbing, backends
@@ -74,7 +75,8 @@ def given(
         nearest=others,
     )
     keys, values = normal(streams, sink + window, dim) + 1, normal(streams, sink + window, value_dim)
-    queries = PORTABLE["quantize"](normal(streams, window, dim), dtype)
+    wide = np.float32 if dtype is np.float16 else dtype
+    queries = PORTABLE["quantize"](normal(streams, window, dim).astype(wide), wide)
     return [held, keys, values, queries, tuple(bool(x) for x in rng.random(window) < asked), None]
 
 
@@ -136,11 +138,28 @@ def test_compiled_loops_absorb_as_the_portable_code(case: dict[str, Any], most: 
 
 
 @needs_loops
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("asked", [0.0, 0.5, 1.0])
+def test_compiled_loops_absorb_float16_as_the_portable_code(asked: float) -> None:
+    arguments = given(40, nearest=0.8, dtype=np.float16, asked=asked)
+    got = absorbed_by(NUMPY["absorb"], arguments, 5, 30)
+    expected = absorbed_by(lambda *a: absorbing.absorb(*a[:-1], Operations()), arguments, 5, 30)
+    for name, x in expected.items():
+        assert got[name].dtype == x.dtype, name
+        if x.dtype == np.float16:
+            # A number that lies on the edge of another, to the rounding of its sums, and those just below a power of 2.
+            assert (got[name] != x).mean() < 0.002, name
+            np.testing.assert_allclose(got[name], x, rtol=2.0**-9, err_msg=name)
+        else:
+            np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_compiled_loops_absorb_into_means_in_8_bits(dtype: type) -> None:
     arguments = given(40, nearest=0.8, dtype=dtype)
     held = arguments[0]
-    codes = (PORTABLE["quantize"](x, dtype) for x in (held.keys, held.values))
+    wide = np.float32 if dtype is np.float16 else dtype
+    codes = (PORTABLE["quantize"](x.astype(wide), dtype) for x in (held.keys, held.values))
     arguments[0] = replace(held, **dict(zip(("keys", "values"), codes, strict=True)))
     got = absorbed_by(NUMPY["absorb"], arguments, 5, 30, coded=True)
     expected = absorbed_by(lambda *a: absorbing.absorb(*a[:-1], Operations()), arguments, 5, 30, coded=True)
@@ -152,7 +171,8 @@ def test_compiled_loops_absorb_into_means_in_8_bits(dtype: type) -> None:
             assert (got[name] != x).mean() < 0.002, name
             np.testing.assert_allclose(got[name], x, atol=1, err_msg=name)
         else:
-            np.testing.assert_allclose(got[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
+            tolerance = 2.0**-9 if x.dtype == np.float16 else 1e-5
+            np.testing.assert_allclose(got[name], x, rtol=tolerance, atol=1e-5, err_msg=name)
 
 
 @needs_loops
@@ -172,6 +192,93 @@ def test_compiled_loops_round_to_8_bits_as_the_portable_code(dtype: type, scales
             np.testing.assert_array_equal(got.codes, expected.codes)
             np.testing.assert_array_equal(got.scales, expected.scales)
             assert got.scales.dtype == expected.scales.dtype
+
+
+@needs_loops
+@pytest.mark.parametrize("how", ["by an instruction, if there is one", "by bits"])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_all_words_of_16_bits_are_widened(how: str, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+    from subgen_numpy import _compiled_words
+
+    if how == "by bits":
+        monkeypatch.setattr(_compiled_words, "FLOAT16_INSTRUCTIONS", "none")
+    widen, kind = _compiled_words.widen, np.int16 if dtype is np.float16 else np.uint16
+    words = np.arange(2**16).astype(np.uint16)
+    got, expected = np.empty(words.size, np.float32), words.view(dtype).astype(np.float32)
+
+    @numba.njit
+    def widen_all(words: Any, numbers: Any) -> None:
+        for i in range(words.size):
+            numbers[i] = widen(words[i])
+
+    widen_all(words.view(kind), got)
+    odd = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(got), odd)
+    np.testing.assert_array_equal(got[~odd].view(np.int32), expected[~odd].view(np.int32))
+    if dtype is not np.float16:
+        np.testing.assert_array_equal(_words.widened(words, np.float32).view(np.int32), words.astype(np.int32) << 16)
+
+
+def numbers_to_round() -> NDArray[np.float32]:
+    """Of any magnitude, halfway between others, just below powers of two, and beyond all."""
+    rng = np.random.default_rng(SEED)
+    some = rng.normal(size=4000) * 10.0 ** rng.integers(-40, 38, 4000)
+    halfway = (rng.integers(0, 2**16, 4000).astype(np.int32) << 16 | 0x8000).view(np.float32)
+    of_half = np.float32(2.0) ** rng.integers(-28, 17, 4000) * (1 + rng.integers(0, 2**12, 4000) / np.float32(2**11))
+    below = np.nextafter(np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32), np.float32(0))
+    edges = [0.0, -0.0, 65504.0, 65519.9, 65520.0, 1e-45, -1e-45, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan]
+    with np.errstate(over="ignore"):
+        parts = [np.asarray(x).astype(np.float32) for x in (edges, some, of_half, -of_half, below)]
+    return np.concatenate([*parts, halfway[np.isfinite(halfway)]])
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_numbers_are_rounded_to_words_of_16_bits(dtype: Any) -> None:
+    import numba
+    from subgen_numpy import _compiled_words
+
+    narrow, x = _compiled_words.narrow, numbers_to_round()
+    largest = np.float32(ml_dtypes.finfo(dtype).max)
+    with np.errstate(invalid="ignore"):
+        x = np.clip(x, -largest, largest)  # NaN stays
+    got = np.empty(x.size, np.int16 if dtype is np.float16 else np.uint16)
+
+    @numba.njit
+    def narrow_all(numbers: Any, words: Any) -> None:
+        for i in range(words.size):
+            words[i] = narrow(numbers[i], words)
+
+    narrow_all(x, got)
+    expected, odd = x.astype(dtype).view(got.dtype), np.isnan(x)
+    np.testing.assert_array_equal(np.isnan(got.view(dtype)), odd)
+    np.testing.assert_array_equal(got[~odd], expected[~odd])
+    stored = np.dtype(dtype) if dtype is np.float16 else _words.BFLOAT16
+    np.testing.assert_array_equal(_words.narrowed(x[~odd], stored).view(got.dtype), expected[~odd])
+
+
+@needs_loops
+@pytest.mark.usefixtures("small_is_worth_threads")
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_compiled_loops_dither_to_16_bits(dtype: Any) -> None:
+    """To the last bit of what the portable code says, with the exact power of two below a number."""
+    x = numbers_to_round()
+    x = np.tile(x[: x.size // 7 * 7].reshape(-1, 7), (3, 1, 1))
+    drawn, info = dither(3, 1, 77), ml_dtypes.finfo(dtype)
+    got = np.zeros((3, x.shape[1] + 2, 7), np.float16 if dtype is np.float16 else _words.BFLOAT16)
+    _rounding.round_by_loops(x, drawn, got[:, :-2])
+    assert not got[:, -2:].any()
+    largest, smallest = np.float32(info.max), np.float32(info.smallest_normal)
+    with np.errstate(all="ignore"):
+        power = np.ldexp(np.float32(1), np.frexp(np.maximum(np.abs(x), smallest))[1] - 1).astype(np.float32)
+        moved = x + (drawn(x) - np.float32(0.5)) * (power * np.float32(info.eps))
+        nearest = np.clip(x, -largest, largest).astype(dtype)
+        expected = np.where(nearest.astype(np.float32) == x, nearest, np.clip(moved, -largest, largest).astype(dtype))
+        finite = np.isfinite(x)
+    np.testing.assert_array_equal(got[:, :-2].view(dtype)[finite], expected[finite])
+    assert np.isnan(got[:, :-2].view(dtype)[np.isnan(x)]).all()
+    np.testing.assert_array_equal(got[:, :-2].view(dtype)[np.isinf(x)], np.sign(x[np.isinf(x)]) * largest)
 
 
 @needs_loops
@@ -289,17 +396,21 @@ def test_compiled_loops_attend_as_numpy_does(
 @pytest.mark.parametrize(
     ("clusters", "n", "dims"), [(0, 1, (8, 8)), (3, 3, (4, 8)), (30, 13, (12, 7)), (64, 64, (64, 32))]
 )
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
 def test_compiled_loops_attend_to_means_in_8_bits(
-    rows: int, clusters: int, n: int, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    rows: int, clusters: int, n: int, dims: tuple[int, int], stored: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(SEED)
-    keys, values = (rng.normal(size=(3, n + 5, dim)).astype(np.float32)[:, :n] for dim in dims)
+    keys, values = (rng.normal(size=(3, n + 5, dim)).astype(stored)[:, :n] for dim in dims)
     codes = [
-        Codes(rng.integers(-127, 128, (3, clusters, dim)).astype(np.int8), rng.random((3, clusters), np.float32) / 64)
+        Codes(
+            rng.integers(-127, 128, (3, clusters, dim)).astype(np.int8),
+            rng.uniform(2**-9, 2**-6, (3, clusters)).astype(stored),
+        )
         for dim in dims
     ]
     counts = rng.integers(0, 5, (3, clusters)).astype(np.int32)
-    spread = rng.random((3, clusters, 4), np.float32)
+    spread = rng.random((3, clusters, 4)).astype(stored)
     queries = rng.normal(size=(3, rows, dims[0])).astype(np.float32)
     given = (queries, keys, values, counts, spread, *codes, 0, OPS)
     got = NUMPY["coded_attention"](*given)

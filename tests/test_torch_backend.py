@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_attention import TOLERANCE, weighted
 
-from subgen import AttentionSketch
+from subgen import AttentionSketch, backends
 from subgen.backends import PORTABLE, get
 
 torch = pytest.importorskip("torch")
@@ -59,6 +59,56 @@ def test_a_token_is_written_where_it_belongs_and_not_into_tensors_of_inference_m
     assert bool((x[:, 3:] == 1).all())
     np.testing.assert_array_equal(write(x, 0, block), PORTABLE["write"](x, 0, block.detach()))
     assert bool((x[:, :2] == 0).all())
+
+
+@pytest.mark.parametrize("storage", ["input", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_read_and_rounded_as_the_portable_code_does(
+    storage: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few of many numbers: the least that the dtype tells apart, where they lie on the edge of two."""
+    keys, values, queries = torch.randn(3, 2, 150, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sketches, outputs = [], []
+    for portable in (False, True):
+        if portable:
+            monkeypatch.setitem(backends._resolved, "torch", backends.Operations())
+        sketch = AttentionSketch(24, window=12, sink=2, storage=storage)
+        sketch.update(keys[:, :60], values[:, :60], queries[:, :60])
+        rows = [[x[:, i : i + 1] for x in (queries, keys, values)] for i in range(60, 150)]
+        outputs.append(torch.cat([sketch.step(*row) for row in rows], dim=1).float())
+        sketches.append(sketch)
+    (one, other), unit = (sketch.state for sketch in sketches), torch.finfo(dtype).eps
+    assert torch.equal(one.counts, other.counts)
+    assert torch.equal(one.queries.codes, other.queries.codes)
+    for name in ("keys", "values", "spread", "importance"):
+        x, y = getattr(one, name), getattr(other, name)
+        assert x.dtype == y.dtype == dtype
+        assert (x != y).float().mean() < 0.01, name
+        torch.testing.assert_close(x, y, rtol=2 * unit, atol=2 * unit)
+    if storage == "int8":
+        for x, y in ((one.key_codes, other.key_codes), (one.value_codes, other.value_codes)):
+            assert (x.codes != y.codes).float().mean() < 0.01
+            torch.testing.assert_close(x.scales, y.scales, rtol=2 * unit, atol=0)
+    # A unit where the output is rounded, and those of the numbers that differ.
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=2 * unit, atol=2 * unit)
+
+
+def test_16_bits_without_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with them, but for what is summed up in another order."""
+    from subgen_numpy import _absorbing, _attention, _merging, _rounding
+    from subgen_torch import _shared
+
+    keys, values, queries = torch.randn(3, 2, 90, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    outputs = []
+    for loops in (True, False):
+        if not loops:
+            for module in (_absorbing, _attention, _merging, _rounding, _shared):
+                monkeypatch.setattr(module, "compiled", lambda what: None)
+        sketch = AttentionSketch(24, window=12, sink=2)
+        sketch.update(keys[:, :60], values[:, :60], queries[:, :60])
+        rows = [[x[:, i : i + 1] for x in (queries, keys, values)] for i in range(60, 90)]
+        outputs.append(torch.cat([sketch.step(*row) for row in rows], dim=1).float())
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=2.0**-6, atol=2.0**-6)
 
 
 @pytest.mark.parametrize("delta", [None, 1.0])

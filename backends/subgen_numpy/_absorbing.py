@@ -1,11 +1,11 @@
 """Half a window joins the clusters in compiled loops, streams in threads: what a stream holds stays in the cache.
 
-Where numba and SciPy are not installed, or numbers are stored in fewer bits than they are computed with, it is
-`subgen.absorbing` that does it.
+Where numba and SciPy are not installed it is `subgen.absorbing` that does it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from subgen import absorbing
 from subgen.absorbing import Absorbed, Dithers, Settled
 from subgen.merging import Means
-from subgen.rounding import Codes
+from subgen.rounding import Codes, Dither, dequantize
 
 from ._compiled import compiled, in_memory
 from ._merging import WORTH_A_THREAD
+from ._rounding import quantize_by_loops, round_by_loops
 from ._threads import helped
+from ._words import LIMITS, narrowed, widened
 
-__all__ = ["absorb"]
+__all__ = ["absorb", "absorb_by_loops"]
 
 Floats = NDArray[np.floating[Any]]
 
@@ -41,23 +43,50 @@ def absorb(
 ) -> Absorbed:
     """Let the oldest tokens of the window join the clusters, and merge; see `subgen.absorbing.absorb`."""
     given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded, ops)
+    absorbed = absorb_by_loops(*given)
+    return absorbing.absorb(*given) if absorbed is None else absorbed
+
+
+def absorb_by_loops(
+    held: Means,
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    queries: Codes,
+    asked: tuple[bool, ...],
+    scale: float | None,
+    leave: int,
+    weight: float,
+    most: int,
+    dithers: Dithers,
+    coded: bool,
+    ops: Any,
+) -> Absorbed | None:
+    """Do what `absorb` does, or nothing: numbers may be words of bfloat16, see `subgen_numpy._words`.
+
+    Returns
+    -------
+    Absorbed or None
+        The latter where there are no loops, or they are not for what is given.
+    """
     loops = compiled("absorbing")
-    wide = keys.dtype in (np.float32, np.float64) and held.spread.dtype == keys.dtype
-    if loops is None or not wide or held.leaders is not None or not held.counts.all():
-        return absorbing.absorb(*given)
-    if coded:
-        held = absorbing.widened(held, keys.dtype)
+    stored, wide = keys.dtype, np.dtype(np.float32) if keys.dtype in LIMITS else keys.dtype
+    known = wide in (np.float32, np.float64) and held.spread.dtype == stored
+    if loops is None or not known or held.leaders is not None or not held.counts.all():
+        return None
+    held = _in_wide(held, wide)
+    exact_keys, exact_values = widened(keys, wide), widened(values, wide)
     streams, n = held.counts.shape
     room = keys.shape[1]
     most = min(most, n + leave)
     told = all(asked)
-    metrics = keys if told else ops.query_moment(keys[:, room - queries.codes.shape[1] :], queries, asked, scale)
+    window_keys = exact_keys[:, room - queries.codes.shape[1] :]
+    metrics = exact_keys if told else ops.query_moment(window_keys, queries, asked, scale)
     places, arrays = in_memory(
         *(held.keys, held.values, held.counts, held.spread, held.importance),
         held.counts if held.nearest is None else held.nearest,
-        *(keys, values, queries.codes, queries.scales, metrics),
+        *(exact_keys, exact_values, queries.codes, queries.scales, metrics),
     )
-    new_keys, new_values = (np.empty((streams, most + room, x.shape[-1]), x.dtype) for x in (keys, values))
+    new_keys, new_values = (np.empty((streams, most + room, x.shape[-1]), wide) for x in (keys, values))
     counts, spread, importance = (
         np.empty((streams, most, *x.shape[2:]), x.dtype) for x in (held.counts, held.spread, held.importance)
     )
@@ -65,7 +94,7 @@ def absorb(
     codes, scales = np.empty_like(queries.codes), np.empty_like(queries.scales)
     moved, odd = np.empty((streams, n + leave), np.int64), np.empty(streams, np.bool_)
     written = new_keys, new_values, counts, spread, importance, nearest, codes, scales, moved
-    integers = np.empty(0, np.int32 if keys.dtype == np.float32 else np.int64)
+    integers = np.empty(0, np.int32 if wide == np.float32 else np.int64)
 
     # The arrays are there as long as a thread may come.
     def work(turns: NDArray[np.int64], waits: bool, _: object = arrays) -> None:
@@ -73,14 +102,59 @@ def absorb(
 
     helped(work, streams * (n + leave) // WORTH_A_THREAD, blas=True)
     if odd.any():  # numbers beyond what is done there
-        return absorbing.absorb(*given)
-    moved_up = Codes(codes, scales)
+        return None
+    settled = _settled(new_keys, new_values, spread, importance, Codes(codes, scales), most, stored, dithers, coded)
+    return Absorbed(settled, counts, None if held.nearest is None else nearest, moved)
+
+
+def _in_wide(means: Means, wide: Any) -> Means:
+    """Cast what is stored to the dtype to compute in; see `subgen.absorbing.widened`."""
+
+    def cast(x: Any) -> Any:
+        if isinstance(x, Codes):
+            return dequantize(Codes(x.codes, widened(x.scales, wide)), wide)
+        return widened(x, wide)
+
+    keys, values, spread, importance = map(cast, (means.keys, means.values, means.spread, means.importance))
+    return replace(means, keys=keys, values=values, spread=spread, importance=importance)
+
+
+def _settled(
+    keys: Floats,
+    values: Floats,
+    spread: Floats,
+    importance: Floats,
+    queries: Codes,
+    clusters: int,
+    stored: np.dtype[Any],
+    dithers: Dithers,
+    coded: bool,
+) -> Settled:
+    """Round clusters, and the exact tokens behind them, to what they are stored in; see `subgen.absorbing.settle`."""
+
+    def rounded(x: Floats, uniform: Dither, n: int) -> NDArray[Any]:
+        """Round the first, dithered; the others are exact as they are."""
+        if x.dtype == stored:
+            return x
+        written = np.empty(x.shape, stored)
+        round_by_loops(x[:, :n], uniform, written[:, :n])
+        written[:, n:] = narrowed(x[:, n:], stored)
+        return written
+
+    key_codes = value_codes = None
     if coded:
         # Rounded where they are, and the exact tokens by themselves.
-        key_codes = ops.quantize(new_keys[:, :most], keys.dtype, dithers.keys)
-        value_codes = ops.quantize(new_values[:, :most], keys.dtype, dithers.values)
-        exact_keys, exact_values = (np.ascontiguousarray(x[:, most:]) for x in (new_keys, new_values))
-        settled = Settled(exact_keys, exact_values, spread, importance, key_codes, value_codes, moved_up)
+        key_codes = quantize_by_loops(keys[:, :clusters], stored, dithers.keys)
+        value_codes = quantize_by_loops(values[:, :clusters], stored, dithers.values)
+        keys, values = (narrowed(np.ascontiguousarray(x[:, clusters:]), stored) for x in (keys, values))
     else:
-        settled = Settled(new_keys, new_values, spread, importance, None, None, moved_up)
-    return Absorbed(settled, counts, None if held.nearest is None else nearest, moved)
+        keys, values = rounded(keys, dithers.keys, clusters), rounded(values, dithers.values, clusters)
+    return Settled(
+        keys,
+        values,
+        rounded(spread, dithers.spread, clusters),
+        rounded(importance, dithers.importance, clusters),
+        key_codes,
+        value_codes,
+        queries,
+    )

@@ -20,6 +20,7 @@ from subgen.weighted import causal_bias
 
 from ._compiled import compiled, in_memory
 from ._threads import helped
+from ._words import LIMITS, like, widened
 
 __all__ = ["coded_attention", "sketch_attention", "weighted_attention"]
 
@@ -52,10 +53,10 @@ def sketch_attention(
     Log-weights go into the logits where they lie, and ``weighted`` is not called.
     """
     m, clusters = rows.shape[1], counts.shape[1]
-    keys, values, spread = (x.astype(rows.dtype, copy=False) for x in (keys, values, spread))
     loops = _loops_for(rows, spread, causal)
     if loops is not None:
         return _answers(loops, rows, keys, values, counts, spread)
+    keys, values, spread = (widened(x, rows.dtype) for x in (keys, values, spread))
     logits = _products(rows, keys)
     if clusters:
         energy = band_means(rows * rows)
@@ -89,10 +90,9 @@ def coded_attention(
     """
     loops = _loops_for(rows, spread, causal)
     if loops is None:
+        key_codes, value_codes = (Codes(x.codes, widened(x.scales, rows.dtype)) for x in (key_codes, value_codes))
         return mass.coded_attention(rows, keys, values, counts, spread, key_codes, value_codes, causal, ops)
-    scales = key_codes.scales, value_codes.scales
-    keys, values, spread, *of_codes = (x.astype(rows.dtype, copy=False) for x in (keys, values, spread, *scales))
-    return _answers(loops, rows, keys, values, counts, spread, (key_codes.codes, value_codes.codes, *of_codes))
+    return _answers(loops, rows, keys, values, counts, spread, (key_codes, value_codes))
 
 
 def _loops_for(rows: Floats, spread: Floats, causal: int) -> ModuleType | None:
@@ -108,23 +108,30 @@ def _answers(
     values: Floats,
     counts: NDArray[np.int32],
     spread: Floats,
-    coded: tuple[NDArray[Any], ...] = (),
+    coded: tuple[Codes, ...] = (),
 ) -> tuple[Floats, Floats]:
     """Attend by compiled loops, streams in threads; see `answer` of `subgen_numpy._compiled_attention`."""
     streams, m, _ = rows.shape
+    stored, scales = [keys, values, spread], [x.scales for x in coded]
+    dtype = keys.dtype if keys.dtype in LIMITS else rows.dtype
+    if any(x.dtype != dtype for x in (*stored, *scales)):
+        dtype = rows.dtype
+        stored, scales = ([widened(x, dtype) for x in some] for some in (stored, scales))
+    keys, values, spread = stored
     outputs = np.empty((streams, m, values.shape[-1]), rows.dtype)
     logsumexp = np.empty((streams, m), rows.dtype)
     if m % loops.ROWS:
         rows = _filled_up(rows, m + -m % loops.ROWS)
-    places, arrays = in_memory(rows, keys, values, counts, spread, *coded)
-    integers, codes = np.empty(0, np.int32), np.empty(0, np.int8)
+    codes = [x.codes for x in coded]
+    places, arrays = in_memory(rows, keys, values, counts, spread, *codes, *scales)
+    kinds = like(np.int32), like(np.int8), like(dtype)
     sizes = rows.shape[1], keys.shape[1], counts.shape[1], rows.shape[2]
 
     # The arrays are there as long as a thread may come.
     def answer(turns: NDArray[np.int64], waits: bool, _: object = arrays) -> None:
-        loops.answer(turns, waits, places, integers, codes, *sizes, outputs, logsumexp)
+        loops.answer(turns, waits, places, *kinds, *sizes, outputs, logsumexp)
 
-    helped(answer, min(streams, sum(x.size for x in (keys, values, *coded)) // _WORTH_A_THREAD))
+    helped(answer, min(streams, sum(x.size for x in (keys, values, *codes)) // _WORTH_A_THREAD))
     return outputs, logsumexp
 
 

@@ -1,7 +1,7 @@
 """Attention over clusters for a few rows compiled by numba: keys and values are each read once, and BLAS is not asked.
 
-Means in 8 bits are read as they are. Used where numba is installed. Equal to `subgen_numpy._attention` within the
-rounding of float32.
+Numbers in 16 bits, and means in 8, are read as they are. Used where numba is installed. Equal to
+`subgen_numpy._attention` within the rounding of float32.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from ._compiled_streams import OPTIONS, SUMS, finish, in_memory, take_next, wait
+from ._compiled_words import widen
 
 __all__ = ["ROWS", "answer"]
 
@@ -39,6 +40,7 @@ def answer(
     places: Any,
     integers: Any,
     codes: Any,
+    stored: Any,
     m: int,
     n: int,
     clusters: int,
@@ -55,9 +57,9 @@ def answer(
     waits : bool
         Whether to wait for what others do.
     places : int64 array, shape (5, 2) or (9, 2)
-        Where there are, see `subgen_numpy._compiled_streams.in_memory`, but for the last in float32:
+        Where there are, see `subgen_numpy._compiled_streams.in_memory`:
 
-        - scaled queries, shape (streams, m, head_dim): m is a multiple of `ROWS`;
+        - scaled queries, float32, shape (streams, m, head_dim): m is a multiple of `ROWS`;
         - keys, shape (streams, n, head_dim): the clusters come first;
         - values, shape (streams, n, value_dim);
         - counts, int32, shape (streams, clusters): 0 where a place is free;
@@ -68,6 +70,8 @@ def answer(
         shape (streams, clusters).
     integers : int32 array
     codes : int8 array
+    stored : array
+        Of the dtype of keys, values, spread and scales: float32, or words; see `subgen_numpy._words`.
     m, n, clusters, dim : int
     outputs, logsumexp : float32 array, shape (streams, rows, value_dim) and (streams, rows)
         Written, of the first of the rows.
@@ -85,19 +89,19 @@ def answer(
         rows = in_memory(places, 0, s, (m, dim), outputs)
         if coded:
             _multiply(rows, in_memory(places, 5, s, (clusters, dim), codes), logits, 0)
-            _scale(logits, in_memory(places, 7, s, (clusters,), outputs))
-        _multiply(rows, in_memory(places, 1, s, (n, dim), outputs), logits, at)
+            _scale(logits, in_memory(places, 7, s, (clusters,), stored))
+        _multiply(rows, in_memory(places, 1, s, (n, dim), stored), logits, at)
         _logarithms(in_memory(places, 3, s, (clusters,), integers), log_counts)
         _find_energy(rows, energy)
-        _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), outputs), logits)
+        _add_masses(log_counts, energy, in_memory(places, 4, s, (clusters, 4), stored), logits)
         _find_peaks(logits, peak)
         _exponentials(logits, peak)
         _add_up(logits, total)
         sums[:] = 0
         if coded:
-            _scale(logits, in_memory(places, 8, s, (clusters,), outputs))
+            _scale(logits, in_memory(places, 8, s, (clusters,), stored))
             _weigh(logits, in_memory(places, 6, s, (clusters, value_dim), codes), sums, 0)
-        _weigh(logits, in_memory(places, 2, s, (n, value_dim), outputs), sums, at)
+        _weigh(logits, in_memory(places, 2, s, (n, value_dim), stored), sums, at)
         for i in range(logsumexp.shape[1]):
             # A row without any weight: an output of zero and a logsumexp of -inf.
             some = total[i] != 0
@@ -115,7 +119,7 @@ def _scale(numbers: Any, scales: Any) -> None:
     """Multiply the first numbers of each row."""
     for i in range(numbers.shape[0]):
         for j in range(scales.size):
-            numbers[i, j] *= scales[j]
+            numbers[i, j] *= widen(scales[j])
 
 
 @njit(fastmath=SUMS, **OPTIONS)
@@ -129,13 +133,13 @@ def _multiply(rows: Any, keys: Any, logits: Any, at: int) -> None:
             c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = _single(0)
             for t in range(dim):
                 a, b, c, d = rows[i, t], rows[i + 1, t], rows[i + 2, t], rows[i + 3, t]
-                x = _single(keys[j, t])
+                x = widen(keys[j, t])
                 a0, b0, c0, d0 = a0 + a * x, b0 + b * x, c0 + c * x, d0 + d * x
-                x = _single(keys[j + part, t])
+                x = widen(keys[j + part, t])
                 a1, b1, c1, d1 = a1 + a * x, b1 + b * x, c1 + c * x, d1 + d * x
-                x = _single(keys[j + 2 * part, t])
+                x = widen(keys[j + 2 * part, t])
                 a2, b2, c2, d2 = a2 + a * x, b2 + b * x, c2 + c * x, d2 + d * x
-                x = _single(keys[j + 3 * part, t])
+                x = widen(keys[j + 3 * part, t])
                 a3, b3, c3, d3 = a3 + a * x, b3 + b * x, c3 + c * x, d3 + d * x
             k = at + j
             logits[i, k], logits[i + 1, k], logits[i + 2, k], logits[i + 3, k] = a0, b0, c0, d0
@@ -149,7 +153,7 @@ def _multiply(rows: Any, keys: Any, logits: Any, at: int) -> None:
             for r in range(i, i + ROWS):
                 a0 = _single(0)
                 for t in range(dim):
-                    a0 += rows[r, t] * _single(keys[k, t])
+                    a0 += rows[r, t] * widen(keys[k, t])
                 logits[r, at + k] = a0
 
 
@@ -204,7 +208,7 @@ def _add_masses(log_counts: Any, energy: Any, spread: Any, logits: Any) -> None:
         c0, c1, c2, c3 = energy[i + 2, 0], energy[i + 2, 1], energy[i + 2, 2], energy[i + 2, 3]
         d0, d1, d2, d3 = energy[i + 3, 0], energy[i + 3, 1], energy[i + 3, 2], energy[i + 3, 3]
         for j in range(log_counts.size):
-            x0, x1, x2, x3 = spread[j, 0], spread[j, 1], spread[j, 2], spread[j, 3]
+            x0, x1, x2, x3 = widen(spread[j, 0]), widen(spread[j, 1]), widen(spread[j, 2]), widen(spread[j, 3])
             a = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
             b = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
             c = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
@@ -286,8 +290,8 @@ def _weigh(weights: Any, values: Any, sums: Any, at: int) -> None:
             d0, d1, d2, d3 = weights[i + 3, k0], weights[i + 3, k1], weights[i + 3, k2], weights[i + 3, k3]
             k0, k1, k2, k3 = j, j + part, j + 2 * part, j + 3 * part
             for t in range(dim):
-                v0, v1 = _single(values[k0, t]), _single(values[k1, t])
-                v2, v3 = _single(values[k2, t]), _single(values[k3, t])
+                v0, v1 = widen(values[k0, t]), widen(values[k1, t])
+                v2, v3 = widen(values[k2, t]), widen(values[k3, t])
                 sums[i, t] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
                 sums[i + 1, t] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
                 sums[i + 2, t] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
@@ -296,4 +300,4 @@ def _weigh(weights: Any, values: Any, sums: Any, at: int) -> None:
             for r in range(i, i + ROWS):
                 a0 = weights[r, at + k]
                 for t in range(dim):
-                    sums[r, t] += a0 * _single(values[k, t])
+                    sums[r, t] += a0 * widen(values[k, t])

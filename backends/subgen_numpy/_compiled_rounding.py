@@ -1,4 +1,7 @@
-"""Rounding to 8 bits compiled by numba, in one pass: equal to `subgen.rounding.quantize` to the last bit.
+"""Rounding to 8 and to 16 bits compiled by numba, in one pass.
+
+To 8 equal to `subgen.rounding.quantize` to the last bit; to 16 to `subgen.rounding.round_to` but where its logarithm is
+rounded up, just below a power of two.
 
 Used where numba is installed.
 """
@@ -13,8 +16,11 @@ from numba import njit
 from subgen.rounding import GOLDEN, SNAP
 
 from ._compiled_streams import OPTIONS, finish, in_memory, take_next, wait
+from ._compiled_words import narrow, power_below, widen
 
-__all__ = ["dithered"]
+__all__ = ["dithered", "rounded"]
+
+_single = np.float32
 
 
 @njit(**OPTIONS)
@@ -62,3 +68,62 @@ def dithered(turns: Any, waits: Any, places: Any, like: Any, drawn: float, codes
         finish(turns)
     if waits:
         wait(turns, streams)
+
+
+@njit(**OPTIONS)
+def rounded(
+    turns: Any,
+    waits: Any,
+    places: Any,
+    like: Any,
+    words: Any,
+    streams: int,
+    size: int,
+    drawn: float,
+    largest: Any,
+    smallest: Any,
+    eps: Any,
+) -> None:
+    """Round the numbers of each stream to 16 bits, dithered; several threads may do so at once.
+
+    Parameters
+    ----------
+    turns : int64 array, shape (2,)
+        Zeros; the same for all threads.
+    waits : bool
+        Whether to wait for what others do.
+    places : int64 array, shape (2, 2)
+        Where there are, see `subgen_numpy._compiled_streams.in_memory`: numbers, float32, shape (streams, size), and
+        their words, which are written.
+    like : float32 array
+    words : array
+        Of words; see `subgen_numpy._words`.
+    streams, size : int
+    drawn : float
+        See `subgen.rounding.Dither`.
+    largest, smallest, eps : float32
+        Of the dtype to round to: see `subgen._array.FloatInfo`.
+    """
+    while True:
+        s = take_next(turns)
+        if s >= streams:
+            break
+        numbers, written = in_memory(places, 0, s, (size,), like), in_memory(places, 1, s, (size,), words)
+        for i in range(size):
+            x = numbers[i]
+            u = np.float64(i) * GOLDEN + drawn
+            unit = power_below(max(abs(x), smallest)) * eps
+            moved = x + (_single(u - np.floor(u)) - _single(0.5)) * unit
+            # What is exact stays; NaN compares as false and is moved, to NaN.
+            moved = x if widen(narrow(_within(x, largest), words)) == x else moved
+            written[i] = narrow(_within(moved, largest), words)
+        finish(turns)
+    if waits:
+        wait(turns, streams)
+
+
+@njit(**OPTIONS)
+def _within(x: Any, largest: Any) -> Any:
+    """Give a number between the largest ones; NaN stays."""
+    x = largest if x > largest else x
+    return -largest if x < -largest else x

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from subgen_numpy import absorb_by_loops
 from torch import Tensor
 
 from subgen import absorbing, rounding
@@ -13,7 +14,7 @@ from subgen.absorbing import Absorbed, Dithers
 from subgen.merging import Means
 from subgen.rounding import Codes, Dither
 
-from ._shared import NUMPY, NUMPY_DTYPES, by_numpy, to_torch
+from ._shared import COMPUTED, NARROW, NUMPY, NUMPY_DTYPES, by_numpy, to_torch
 
 __all__ = ["absorb", "quantize"]
 
@@ -35,9 +36,12 @@ def absorb(
 ) -> Absorbed:
     """Let the oldest tokens of the window join the clusters, and merge; see `subgen.absorbing.absorb`."""
     given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded)
-    if keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.float64):
+    absorbed: Absorbed | None = None
+    if keys.device.type == "cpu" and keys.dtype in COMPUTED:
+        # Of 16 bits NumPy knows words alone, and its compiled loops do.
+        absorbed = by_numpy(absorb_by_loops if keys.dtype in NARROW else NUMPY.absorb, *given, NUMPY)
+    if absorbed is None:
         return absorbing.absorb(*given, ops)
-    absorbed: Absorbed = by_numpy(NUMPY.absorb, *given, NUMPY)
     settled = absorbed.settled
     arrays = ("keys", "values", "spread", "importance", "key_codes", "value_codes", "queries")
     return Absorbed(

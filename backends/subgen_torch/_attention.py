@@ -13,7 +13,7 @@ from subgen.merging import bands
 from subgen.rounding import Codes
 from subgen.weighted import causal_bias
 
-from ._shared import NUMPY, by_numpy
+from ._shared import NUMPY, by_numpy, reads_words
 
 __all__ = ["coded_attention", "sketch_attention", "weighted_attention"]
 
@@ -46,8 +46,7 @@ def sketch_attention(
     on a CPU are answered by the NumPy backend, over the same memory.
     """
     if rows.shape[1] <= _FEW_ROWS and rows.device.type == "cpu":
-        dtype = rows.dtype
-        keys, values, spread = (x if x.dtype == dtype else x.to(dtype) for x in (keys, values, spread))
+        keys, values, spread = (_as_read(x, rows.dtype) for x in (keys, values, spread))
         outputs, logsumexp = by_numpy(NUMPY.sketch_attention, rows, keys, values, counts, spread, causal)
         return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
     with torch.no_grad():
@@ -72,13 +71,15 @@ def coded_attention(
     if rows.shape[1] > _FEW_ROWS or rows.device.type != "cpu":
         with torch.no_grad():
             return mass.coded_attention(rows, keys, values, counts, spread, key_codes, value_codes, causal, ops)
-    dtype = rows.dtype
-    keys, values, spread = (x if x.dtype == dtype else x.to(dtype) for x in (keys, values, spread))
-    codes = (
-        Codes(x.codes, x.scales if x.scales.dtype == dtype else x.scales.to(dtype)) for x in (key_codes, value_codes)
-    )
+    keys, values, spread = (_as_read(x, rows.dtype) for x in (keys, values, spread))
+    codes = (Codes(x.codes, _as_read(x.scales, rows.dtype)) for x in (key_codes, value_codes))
     outputs, logsumexp = by_numpy(NUMPY.coded_attention, rows, keys, values, counts, spread, *codes, causal, NUMPY)
     return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
+
+
+def _as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to the dtype to compute in, if the NumPy backend does not read what is given."""
+    return x if x.dtype == dtype or reads_words(x) else x.to(dtype)
 
 
 def _by_torch(

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subgen import decoding
+from subgen._array import narrow
 from subgen.decoding import Decoded, Held
 from subgen.rounding import Codes
 
-from ._shared import NUMPY, by_numpy, shared
+from ._shared import COMPUTED, NARROW, NUMPY, by_numpy, reads_words, shared
 
 __all__ = ["decode"]
 
@@ -39,9 +40,11 @@ class _Shared:
 def decode(held: Held, queries: Tensor, keys: Tensor, values: Tensor, scale: float, ops: Any) -> Decoded:
     """Put a token behind the exact ones and answer it; see `subgen.decoding.decode`.
 
-    Of dtypes that NumPy computes with, and tensors that may be written to: those made in inference mode only in it.
+    Of dtypes that NumPy or its compiled loops compute with, and tensors that may be written to: those made in inference
+    mode only in it.
     """
-    by_torch = keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.float64)
+    narrow_ones = keys.dtype in NARROW
+    by_torch = keys.device.type != "cpu" or keys.dtype not in COMPUTED or (narrow_ones and not reads_words(keys))
     if by_torch or (held.keys.is_inference() and not torch.is_inference_mode_enabled()):
         return decoding.decode(held, queries, keys, values, scale, ops)
     mine = _Shared(
@@ -56,6 +59,7 @@ def decode(held: Held, queries: Tensor, keys: Tensor, values: Tensor, scale: flo
         n_exact=held.n_exact,
         n_seen=held.n_seen,
     )
-    decoded = by_numpy(NUMPY.decode, mine, queries, keys, values, scale, NUMPY)
+    rows = queries.float() if narrow_ones else queries
+    decoded = by_numpy(NUMPY.decode, mine, rows, keys, values, scale, NUMPY)
     # NumPy writes in place.
-    return Decoded(held.keys, held.values, held.queries, torch.from_numpy(decoded.outputs))
+    return Decoded(held.keys, held.values, held.queries, narrow(torch.from_numpy(decoded.outputs), queries))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from subgen_numpy import BACKEND
 from torch import Tensor
@@ -24,7 +22,4 @@ def merge_closest(
     if means.keys.device.type != "cpu":
         return merging.merge_closest(means, metric, value_scale, most, places)
     merged, moved = by_numpy(BACKEND.operations["merge_closest"], means, metric, value_scale, most, places)
-    merged = to_torch(merged)
-    if means.leaders is not None:
-        merged = replace(merged, leaders=merged.leaders.view(means.leaders.dtype))
-    return merged, to_torch(moved)
+    return to_torch(merged), to_torch(moved)

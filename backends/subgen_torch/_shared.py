@@ -7,20 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from subgen_numpy import BACKEND, at_most, threads
+from subgen_numpy import BACKEND, BFLOAT16, at_most, compiled, threads
 from torch import Tensor
 
 from subgen.backends import Operations
 from subgen.merging import Means
 from subgen.rounding import Codes
 
-__all__ = ["NUMPY", "NUMPY_DTYPES", "by_numpy", "shared", "to_torch"]
+__all__ = ["COMPUTED", "NARROW", "NUMPY", "NUMPY_DTYPES", "by_numpy", "reads_words", "shared", "to_torch"]
 
 #: What the NumPy backend does.
 NUMPY = Operations(**BACKEND.operations)
 
 #: The floating dtypes that both libraries have.
 NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+
+#: Those of 16 bits, and all that are computed with or widened on a CPU.
+NARROW = {torch.float16, torch.bfloat16}
+COMPUTED = {*NUMPY_DTYPES, *NARROW}
 
 _SHARED = (Tensor, Means, Codes)
 
@@ -31,8 +35,8 @@ def shared(x: Any) -> Any:
         return x.each(shared) if isinstance(x, Means) else Codes(shared(x.codes), shared(x.scales))
     if x.requires_grad:  # detaching takes as long as all else here, and what a token needs is mostly plain
         x = x.detach()
-    # NumPy has no bfloat16. Where 16 bits come here, as leaders, they are only moved: words will do.
-    return (x.view(torch.int16) if x.element_size() == 2 else x).numpy()
+    # NumPy has no bfloat16: its backend knows the words.
+    return x.view(torch.int16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def to_torch(x: Any) -> Any:
@@ -40,10 +44,10 @@ def to_torch(x: Any) -> Any:
     if x is None:
         return None
     if isinstance(x, Means):
-        return x.each(torch.from_numpy)
+        return x.each(to_torch)
     if isinstance(x, Codes):
-        return Codes(torch.from_numpy(x.codes), torch.from_numpy(x.scales))
-    return torch.from_numpy(x)
+        return Codes(to_torch(x.codes), to_torch(x.scales))
+    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == BFLOAT16 else torch.from_numpy(x)
 
 
 def by_numpy(operation: Callable[..., Any], *given: Any) -> Any:
@@ -54,3 +58,11 @@ def by_numpy(operation: Callable[..., Any], *given: Any) -> Any:
         return operation(*arrays)
     with at_most(allowed):
         return operation(*arrays)
+
+
+def reads_words(x: Tensor) -> bool:
+    """Whether the NumPy backend best gets a tensor of another dtype than it computes in as it is.
+
+    What compiled loops read; without them torch widens several times as fast.
+    """
+    return x.dtype in NARROW and compiled("attention") is not None

@@ -1,0 +1,45 @@
+"""Numbers in 16 bits: float16, and bfloat16, which NumPy lacks and of which it sees the words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from subgen._array import FloatInfo
+
+__all__ = ["BFLOAT16", "LIMITS", "like", "narrowed", "widened"]
+
+#: In arrays of this dtype each number is a bfloat16: the upper half of a float32.
+BFLOAT16 = np.dtype(np.uint16)
+#: What is computed with in float32.
+LIMITS = {
+    np.dtype(np.float16): FloatInfo(16, 2.0**-10, 65504.0, 2.0**-14),
+    BFLOAT16: FloatInfo(16, 2.0**-7, (2.0 - 2.0**-7) * 2.0**127, 2.0**-126),
+}
+
+_HALF = np.uint32(16)
+
+
+def like(dtype: DTypeLike) -> NDArray[Any]:
+    """Return an empty array of the dtype by which compiled loops know another: words of float16 are int16 to them."""
+    return np.empty(0, np.int16 if np.dtype(dtype) == np.float16 else dtype)
+
+
+def widened(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """Cast to a dtype to compute in."""
+    if x.dtype == BFLOAT16:
+        bits = x.astype(np.uint32)
+        bits <<= _HALF
+        x = bits.view(np.float32)
+    return x.astype(dtype, copy=False)
+
+
+def narrowed(x: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:
+    """Round numbers that are no NaN to nearest, of two as near to the even one."""
+    if np.dtype(dtype) != BFLOAT16:
+        return x.astype(dtype, copy=False)
+    bits = x.astype(np.float32, order="C").view(np.uint32)
+    bits += np.uint32(0x7FFF) + ((bits >> _HALF) & np.uint32(1))
+    return (bits >> _HALF).astype(BFLOAT16)
