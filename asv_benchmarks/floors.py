@@ -144,22 +144,38 @@ def main() -> None:
     for _ in range(args.layers):
         for name, call in exact_decoders(q[:, :1], k[:, :held].copy(), v[:, :held].copy()).items():
             calls.setdefault(f"exact {name}", []).append(call)
+    # Models come in bfloat16, which NumPy lacks.
+    sixteen = {"numpy": ("float16", lambda x: x.astype(np.float16)), "torch": ("bfloat16", lambda x: x.bfloat16())}
+    if torch is not None:
+        rows = torch.from_numpy(q[:, :1].reshape(1, args.heads, GROUP, args.dim)).bfloat16()
+        pairs16 = [torch.from_numpy(x[None, :, :held]).bfloat16() for x in (k, v)]
+        calls["exact torch, bfloat16, fused"] = [
+            lambda own=own: torch.nn.functional.scaled_dot_product_attention(rows, *own)
+            for own in [[x.clone() for x in pairs16] for _ in range(args.layers)]
+        ]
     for name, make in libraries.items():
         query = make(q[:, :1])
         calls[f"sketch {name}"] = [lambda sketch=sketch, query=query: sketch.attend(query) for sketch in layers[name]]
-        coded = AttentionSketch(args.clusters, window=args.window, sink=sink, storage="int8")
-        coded.update(*(make(x) for x in (k, v, q)))
-        copies = [copy.deepcopy(coded) for _ in range(args.layers)]
-        calls[f"sketch {name}, means in 8 bits"] = [
-            lambda sketch=sketch, query=query: sketch.attend(query) for sketch in copies
-        ]
+        dtype, narrow = sixteen[name]
+        for what, cast, storage in (
+            ("means in 8 bits", lambda x: x, "int8"),
+            (dtype, narrow, "input"),
+            (f"{dtype}, means in 8 bits", narrow, "int8"),
+        ):
+            sketch = AttentionSketch(args.clusters, window=args.window, sink=sink, storage=storage)
+            sketch.update(*(cast(make(x)) for x in (k, v, q)))
+            copies, own = [copy.deepcopy(sketch) for _ in range(args.layers)], cast(query)
+            calls[f"sketch {name}, {what}"] = [
+                lambda sketch=sketch, query=own: sketch.attend(query) for sketch in copies
+            ]
     taken = seconds(calls, 3, args.seconds)
     yardstick = min(t for name, t in taken.items() if name.startswith("exact torch")) if torch else None
     print(f"\none token's queries over {held} pairs, in each of {args.layers} layers")
     for name, t in taken.items():
-        # A quarter of the bytes of a mean, and two scales.
-        mean = size / 4 + 8 * args.heads if name.endswith("8 bits") else size
-        report(name, t, (args.clusters * mean + (held - args.clusters) * size) / bandwidth, yardstick)
+        pair = size // 2 if "float16" in name else size
+        # A quarter of the bytes of a mean in float32, and two scales.
+        mean = size / 4 + 8 * args.heads * pair / size if name.endswith("8 bits") else pair
+        report(name, t, (args.clusters * mean + (held - args.clusters) * pair) / bandwidth, yardstick)
     del calls
 
     # A whole step, absorption included: as many steps of every layer as lie between two absorptions, and then the exact
