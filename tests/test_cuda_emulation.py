@@ -32,8 +32,9 @@ def run(
     kernel: str, text: Text, threads: int, *arguments: object, shared: int = 0, blocks: int = 1, **options: int
 ) -> None:
     device = EmulatedDevice(**options)
-    arguments = tuple(address(device, a) if isinstance(a, np.ndarray) else a for a in arguments)
-    device.run(Launch(text, kernel, blocks, threads, arguments, shared))  # type: ignore[arg-type]
+    # By another name: the arrays must live until the kernel has run, and perhaps nobody else holds them.
+    given = tuple(address(device, a) if isinstance(a, np.ndarray) else a for a in arguments)
+    device.run(Launch(text, kernel, blocks, threads, given, shared))  # type: ignore[arg-type]
 
 
 WARP = Text("""
