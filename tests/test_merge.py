@@ -189,10 +189,11 @@ def test_queries_of_an_exact_stream_are_kept() -> None:
 def test_every_library_gives_the_same(library: Library, kind: str) -> None:
     if library.name == "jax" and kind not in ("default", "paper"):
         pytest.skip("JAX compiles for every shape")
-    q, k, v = stream(1, (2,), 72)
+    sizes = (16, 8) if (library.name, kind) == ("jax", "paper") else (40, 32)
+    q, k, v = stream(1, (2,), sum(sizes))
 
     def merged(of: Library) -> AttentionSketch:
-        parts = shards((40, 32), *(of.array(x) for x in (q, k, v)), lambda rank: make(kind, rank))
+        parts = shards(sizes, *(of.array(x) for x in (q, k, v)), lambda rank: make(kind, rank))
         return merge(*parts)
 
     mine, reference = merged(library), merged(NUMPY)

@@ -88,14 +88,14 @@ def test_any_cut_of_the_stream_is_the_plain_algorithm_bit_for_bit(
     library: Library, seed: int, delta: float, cuts: list[int]
 ) -> None:
     # One length for all examples: a library that compiles per shape is not what is tested.
-    n, t, s = 24, 2, 3
+    n, t, s = 12 if library.name == "jax" else 24, 2, 3
     keys, values = integer_stream(seed, (2, 2), n)
     streams = [Reference(delta, t, s, seed, head=h) for _ in range(2) for h in range(2)]
     for stream, ks, vs in zip(streams, keys.reshape(4, n, -1), values.reshape(4, n, -1), strict=True):
         for key, value in zip(ks, vs, strict=True):
             stream.update(key, value)
     if library.name == "jax":  # shapes of blocks from a small set
-        cuts = [8 * (c % 3) for c in cuts]
+        cuts = [4 * (c % 3) for c in cuts]
     sketch = AttentionSketch.paper(delta=delta, samples_per_cluster=t, value_samples=s, seed=seed)
     for part in cut(n, cuts):
         sketch.update(library.array(keys[..., part, :]), library.array(values[..., part, :]))
@@ -118,7 +118,7 @@ def test_longer_streams_and_other_blocks_on_numpy(seed: int, n: int, block: int,
 
 
 def test_a_row_of_a_batch_equals_the_row_alone(library: Library) -> None:
-    rows, n = (2, 16) if library.name == "jax" else (3, 40)
+    rows, n = (2, 8) if library.name == "jax" else (3, 40)
     keys, values = integer_stream(11, (rows, 2), n)
     make = {"delta": 3.0, "samples_per_cluster": 2, "value_samples": 4, "seed": 9}
     batch = AttentionSketch.paper(**make)
@@ -143,7 +143,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(library: Library) -> None:
 
 
 def test_answers_are_the_papers_formula(library: Library) -> None:
-    keys, values = integer_stream(12, (), 60)
+    keys, values = integer_stream(12, (), 15 if library.name == "jax" else 60)  # JAX compiles for every shape
     reference = Reference(2.0, 3, 8, seed=4)
     for key, value in zip(keys, values, strict=True):
         reference.update(key, value)
