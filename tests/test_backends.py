@@ -14,7 +14,7 @@ from libraries import LIBRARIES, Library, to_numpy
 
 import subgen
 from subgen import backends
-from subgen.absorbing import Dithers
+from subgen.absorbing import Dithers, Exact
 from subgen.backends import PORTABLE, Backend, BackendError
 from subgen.merging import Means
 from subgen.rounding import Codes, dequantize, dither
@@ -238,16 +238,17 @@ def test_what_is_settled_is_new_and_the_same_in_every_library(library: Library, 
     keys, values = (rng.normal(size=(2, sink + window, width)).astype(np.float32) for width in (d, 3))
     codes, scales = rng.integers(-127, 128, size=(2, window, d)).astype(np.int8), rng.random((2, window), np.float32)
     dithers = Dithers(*(dither(1, purpose, 9) for purpose in range(4)))
-    given = [library.array(x) for x in (keys, values, codes, scales)]
-    settle = backends.operations_for(given[0]).settle
-    got = settle(means.each(library.array), *given[:2], Codes(*given[2:]), leave, dithers, coded)
+    tokens = Exact(keys, values, Codes(codes, scales), (True,) * window)
+    given = Exact(*map(library.array, (keys, values)), Codes(*map(library.array, (codes, scales))), tokens.asked)
+    settle = backends.operations_for(given.keys).settle
+    got = settle(means.each(library.array), given, leave, dithers, coded)
     clusters = 0 if coded else 5
     for mine, exact in ((got.keys, keys), (got.values, values)):
         stay = np.concatenate([exact[:, :sink], exact[:, sink + leave :], np.zeros_like(exact[:, :leave])], axis=1)
         np.testing.assert_array_equal(to_numpy(mine)[:, clusters:], stay)
     for mine, old in ((got.queries.codes, codes), (got.queries.scales, scales)):
         np.testing.assert_array_equal(to_numpy(mine), np.concatenate([old[:, leave:], 0 * old[:, :leave]], axis=1))
-    expected = PORTABLE["settle"](means, keys, values, Codes(codes, scales), leave, dithers, coded)
+    expected = PORTABLE["settle"](means, tokens, leave, dithers, coded)
     for name in ("keys", "spread", "importance"):
         np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(expected, name), err_msg=name)
     if library.name == "numpy":
@@ -329,7 +330,7 @@ def test_a_long_block_is_what_it_is_token_by_token(
     monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", few)
     calls = []
     ops = backends.operations_for(library.array(np.zeros(1, np.float32)))
-    counted = replace(ops, absorb_blocks=lambda *given: calls.append(len(given[7])) or ops.absorb_blocks(*given))
+    counted = replace(ops, absorb_blocks=lambda *given: calls.append(len(given[5])) or ops.absorb_blocks(*given))
     monkeypatch.setattr(subgen.sketch, "operations_for", lambda x: counted)
     rng = np.random.default_rng(3)
     arrays = [library.array(rng.normal(size=(1, heads, 68, 4)).astype(np.float32)) for heads in (4, 2, 2)]

@@ -36,7 +36,7 @@ from subgen_cupy import (
 import subgen
 from subgen import _array, backends, merging
 from subgen._array import dtype_name
-from subgen.absorbing import Dithers
+from subgen.absorbing import Dithers, Exact
 from subgen.backends import PORTABLE
 from subgen.mass import log_weights
 from subgen.merging import Means
@@ -824,18 +824,11 @@ def test_clusters_are_rounded_and_tokens_move_up_as_in_the_portable_code(
         rng.integers(-127, 128, size=(2, window, dims[0])).astype(np.int8), rng.random((2, window), np.float32)
     )
     dithers = Dithers(*(dither(3, purpose, 77) for purpose in range(4)))
-    got = _absorbing.settle(
-        lab.device,
-        means.each(lab.put),
-        lab.put(keys),
-        lab.put(values),
-        Codes(lab.put(queries.codes), lab.put(queries.scales)),
-        leave,
-        dithers,
-        coded,
-    )
+    exact = Exact(keys, values, queries, (True,) * window)
+    given = exact.each(lambda x: put_codes(lab, x))
+    got = _absorbing.settle(lab.device, means.each(lab.put), given, leave, dithers, coded)
     pytest.importorskip("torch")
-    expected = settled_by_torch(means, keys, values, queries, leave, dithers, coded, stored)
+    expected = settled_by_torch(means, exact, leave, dithers, coded, stored)
     for name in ("keys", "values", "spread", "importance"):
         mine = lab.get(getattr(got, name))
         assert mine.dtype == DTYPES[stored]
@@ -849,18 +842,18 @@ def test_clusters_are_rounded_and_tokens_move_up_as_in_the_portable_code(
 
 
 def settled_by_torch(
-    means: Means, keys: Any, values: Any, queries: Codes, leave: int, dithers: Dithers, coded: bool, stored: str
+    means: Means, exact: Exact, leave: int, dithers: Dithers, coded: bool, stored: str
 ) -> dict[str, Any]:
     """The portable operation, on torch's tensors: NumPy has no limits of bfloat16."""
     import torch
 
     def put(x: Any) -> Any:
+        if isinstance(x, Codes):
+            return Codes(put(x.codes), put(x.scales))
         tensor = torch.from_numpy(wide(x) if x.dtype == DTYPES["bfloat16"] else x)
         return tensor.to(torch.bfloat16) if x.dtype == DTYPES["bfloat16"] else tensor
 
-    settled = PORTABLE["settle"](
-        means.each(put), put(keys), put(values), Codes(put(queries.codes), put(queries.scales)), leave, dithers, coded
-    )
+    settled = PORTABLE["settle"](means.each(put), exact.each(put), leave, dithers, coded)
 
     def get(x: Any) -> Any:
         return (x.float() if x.is_floating_point() else x).numpy()

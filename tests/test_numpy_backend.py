@@ -18,7 +18,7 @@ from subgen_numpy import _absorbing, _attention, _merging, _rounding, _threads, 
 
 import subgen
 from subgen import absorbing, backends
-from subgen.absorbing import Absorbed, Dithers
+from subgen.absorbing import Absorbed, Absorption, Dithers, Exact
 from subgen.backends import PORTABLE, Operations
 from subgen.merging import Means, bands
 from subgen.rounding import Codes, dither
@@ -53,8 +53,8 @@ def given(
     dtype: Any = np.float32,
     nearest: float | None = None,
     asked: float = 1.0,
-) -> list[Any]:
-    """Arguments of `absorb` up to the scale; a share of the clusters remembers another."""
+) -> tuple[Means, Exact]:
+    """Clusters and exact tokens for `absorb`; a share of the clusters remembers another."""
     rng = np.random.default_rng(SEED)
     (dim, value_dim), (sink, window) = dims, room
 
@@ -77,14 +77,14 @@ def given(
     keys, values = normal(streams, sink + window, dim) + 1, normal(streams, sink + window, value_dim)
     wide = np.float32 if dtype is np.float16 else dtype
     queries = PORTABLE["quantize"](normal(streams, window, dim).astype(wide), wide)
-    return [held, keys, values, queries, tuple(bool(x) for x in rng.random(window) < asked), None]
+    return held, Exact(keys, values, queries, tuple(bool(x) for x in rng.random(window) < asked))
 
 
 def absorbed_by(
-    absorb: Callable[..., Absorbed], arguments: list[Any], leave: int, most: int, coded: bool = False
+    absorb: Callable[..., Absorbed], held: Means, exact: Exact, leave: int, most: int, coded: bool = False
 ) -> dict[str, Any]:
     dithers = Dithers(*(dither(1, what, 9) for what in range(4)))
-    got = absorb(*arguments, leave, 0.7, most, dithers, coded, OPS)
+    got = absorb(held, exact, Absorption(leave, 0.7, most, None, dithers, coded), OPS)
     settled = got.settled
     of_means = (settled.key_codes, settled.value_codes)
     return {
@@ -99,6 +99,10 @@ def absorbed_by(
         "nearest": got.nearest,
         "moved": got.moved,
     }
+
+
+def portable_absorb(held: Means, exact: Exact, told: Absorption, _: Any) -> Absorbed:
+    return absorbing.absorb(held, exact, told, Operations())
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -119,16 +123,17 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("most", [1, 30, 43])
 def test_compiled_loops_absorb_as_the_portable_code(case: dict[str, Any], most: int) -> None:
-    arguments = given(**{"clusters": 40, **case})
-    n, leave = arguments[0].counts.shape[1], 5
+    held, exact = given(**{"clusters": 40, **case})
+    n, leave = held.counts.shape[1], 5
     most += n - 40
-    before = [x.copy() for x in (*arguments[0].arrays()[:5], arguments[1], arguments[2])]
-    got = absorbed_by(NUMPY["absorb"], arguments, leave, most)
-    for x, y in zip((*arguments[0].arrays()[:5], arguments[1], arguments[2]), before, strict=True):
+    arrays = *held.arrays()[:5], exact.keys, exact.values
+    before = [x.copy() for x in arrays]
+    got = absorbed_by(NUMPY["absorb"], held, exact, leave, most)
+    for x, y in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(x, y, err_msg="an argument was written to")
-    expected = absorbed_by(lambda *a: absorbing.absorb(*a[:-1], Operations()), arguments, leave, most)
+    expected = absorbed_by(portable_absorb, held, exact, leave, most)
     # Sums in another order: 2^-24 of float32 a few dozen times, on numbers of order 1.
-    tolerance = 1e-5 if arguments[1].dtype == np.float32 else 1e-12
+    tolerance = 1e-5 if exact.keys.dtype == np.float32 else 1e-12
     for name, x in expected.items():
         if x is None or not np.issubdtype(x.dtype, np.floating):
             np.testing.assert_array_equal(got[name], x, err_msg=name)
@@ -140,9 +145,9 @@ def test_compiled_loops_absorb_as_the_portable_code(case: dict[str, Any], most: 
 @needs_loops
 @pytest.mark.parametrize("asked", [0.0, 0.5, 1.0])
 def test_compiled_loops_absorb_float16_as_the_portable_code(asked: float) -> None:
-    arguments = given(40, nearest=0.8, dtype=np.float16, asked=asked)
-    got = absorbed_by(NUMPY["absorb"], arguments, 5, 30)
-    expected = absorbed_by(lambda *a: absorbing.absorb(*a[:-1], Operations()), arguments, 5, 30)
+    held, exact = given(40, nearest=0.8, dtype=np.float16, asked=asked)
+    got = absorbed_by(NUMPY["absorb"], held, exact, 5, 30)
+    expected = absorbed_by(portable_absorb, held, exact, 5, 30)
     for name, x in expected.items():
         assert got[name].dtype == x.dtype, name
         if x.dtype == np.float16:
@@ -156,13 +161,12 @@ def test_compiled_loops_absorb_float16_as_the_portable_code(asked: float) -> Non
 @needs_loops
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_compiled_loops_absorb_into_means_in_8_bits(dtype: type) -> None:
-    arguments = given(40, nearest=0.8, dtype=dtype)
-    held = arguments[0]
+    held, exact = given(40, nearest=0.8, dtype=dtype)
     wide = np.float32 if dtype is np.float16 else dtype
     codes = (PORTABLE["quantize"](x.astype(wide), dtype) for x in (held.keys, held.values))
-    arguments[0] = replace(held, **dict(zip(("keys", "values"), codes, strict=True)))
-    got = absorbed_by(NUMPY["absorb"], arguments, 5, 30, coded=True)
-    expected = absorbed_by(lambda *a: absorbing.absorb(*a[:-1], Operations()), arguments, 5, 30, coded=True)
+    held = replace(held, **dict(zip(("keys", "values"), codes, strict=True)))
+    got = absorbed_by(NUMPY["absorb"], held, exact, 5, 30, coded=True)
+    expected = absorbed_by(portable_absorb, held, exact, 5, 30, coded=True)
     for name, x in expected.items():
         assert got[name].dtype == x.dtype, name
         assert got[name].shape == x.shape, name
@@ -283,18 +287,17 @@ def test_compiled_loops_dither_to_16_bits(dtype: Any) -> None:
 
 @needs_loops
 def test_compiled_loops_take_streams_that_lie_apart() -> None:
-    arguments = given(40, nearest=0.8)
-    expected = absorbed_by(NUMPY["absorb"], arguments, 5, 30)
+    held, exact = given(40, nearest=0.8)
+    expected = absorbed_by(NUMPY["absorb"], held, exact, 5, 30)
     loops: Any = _absorbing.compiled("absorbing")
     kinds = len(loops.absorb.signatures)
-    held, keys, values = arguments[:3]
-    wide = [np.concatenate([x, x], axis=1)[:, : x.shape[1]] for x in (held.keys, keys)]  # room behind each stream
-    turned = np.asfortranarray(values)
+    wide = [np.concatenate([x, x], axis=1)[:, : x.shape[1]] for x in (held.keys, exact.keys)]  # room behind each stream
+    turned = np.asfortranarray(exact.values)
     unaligned = np.frombuffer(b"x" + held.values.tobytes(), np.float32, offset=1).reshape(held.values.shape)
     counts = held.counts.copy()
     counts.flags.writeable = False
-    arguments[:3] = Means(wide[0], unaligned, counts, *held.arrays()[3:]), wide[1], turned
-    got = absorbed_by(NUMPY["absorb"], arguments, 5, 30)
+    held = Means(wide[0], unaligned, counts, *held.arrays()[3:])
+    got = absorbed_by(NUMPY["absorb"], held, replace(exact, keys=wide[1], values=turned), 5, 30)
     for name, x in expected.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
     assert len(loops.absorb.signatures) == kinds, "compiled anew for another kind of array"
@@ -322,8 +325,7 @@ def test_compiled_loops_merge_as_numpy_does(
             np.testing.assert_array_equal(x, y)
 
 
-def spoil(arguments: list[Any], how: str) -> None:
-    held, keys, _, queries = arguments[:4]
+def spoil(held: Means, exact: Exact, how: str) -> None:
     if how == "free places":
         held.counts[1, 3] = 0
         for x in (held.keys, held.values, held.spread, held.importance):
@@ -332,21 +334,21 @@ def spoil(arguments: list[Any], how: str) -> None:
         held.importance[1, 7] = 0
     elif how == "large keys":
         held.keys[1] *= 1e17
-        keys[1] *= 1e17
+        exact.keys[1] *= 1e17
     elif how == "large queries":
-        queries.scales[1] = 1e30
+        exact.queries.scales[1] = 1e30
     elif how == "no query counts":
-        queries.codes[:] = 0
+        exact.queries.codes[:] = 0
 
 
 @needs_loops
 @pytest.mark.parametrize("how", ["free places", "no importance", "large keys", "large queries", "no query counts"])
 def test_whatever_loops_leave_alone_is_absorbed_too(how: str) -> None:
-    arguments = given(40)
-    spoil(arguments, how)
+    held, exact = given(40)
+    spoil(held, exact, how)
     with np.errstate(all="ignore"):
-        got = absorbed_by(NUMPY["absorb"], arguments, 5, 30)
-        expected = absorbed_by(absorbing.absorb, arguments, 5, 30)
+        got = absorbed_by(NUMPY["absorb"], held, exact, 5, 30)
+        expected = absorbed_by(absorbing.absorb, held, exact, 5, 30)
     assert got.pop("nearest") is expected.pop("nearest") is None
     for name, x in expected.items():
         assert np.isfinite(got[name]).all(), name

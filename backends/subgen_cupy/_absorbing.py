@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from subgen.absorbing import VALUE_WEIGHT, Dithers, Settled
+from subgen.absorbing import VALUE_WEIGHT, Dithers, Exact, Settled
 from subgen.blocks import Tokens
 from subgen.merging import Means
 from subgen.metric import LEAST_ANGLE, RIDGE
@@ -237,24 +237,16 @@ def stored_like(
     )
 
 
-def settle(
-    device: Device,
-    means: Means,
-    keys: Array,
-    values: Array,
-    queries: Codes,
-    leave: int,
-    dithers: Dithers | None,
-    coded: bool,
-) -> Settled:
+def settle(device: Device, means: Means, exact: Exact, leave: int, dithers: Dithers | None, coded: bool) -> Settled:
     """Round clusters, and move up the tokens that stay; see `subgen.absorbing.settle`. One launch.
 
     Means are in float32, tokens in one dtype of up to 32 bits.
     """
-    (streams, exact, head_dim), (clusters, bands) = keys.shape, means.spread.shape[1:]
-    sizes = (streams, clusters, exact, queries.codes.shape[1], bands)
-    new = stored_like(device, element(keys.dtype), (head_dim, values.shape[-1]), sizes, coded, whole=False)
-    settle_into(device, new, means, keys, values, queries, leave, dithers)
+    (streams, places, head_dim), (clusters, bands) = exact.keys.shape, means.spread.shape[1:]
+    sizes = (streams, clusters, places, exact.queries.codes.shape[1], bands)
+    dims = (head_dim, exact.values.shape[-1])
+    new = stored_like(device, element(exact.keys.dtype), dims, sizes, coded, whole=False)
+    settle_into(device, new, means, exact, leave, dithers)
     names = ("keys", "values", "spread", "importance", "key_codes", "value_codes", "queries")
     return Settled(**{name: getattr(new, name) for name in names})
 
@@ -263,9 +255,7 @@ def settle_into(
     device: Device,
     new: Stored,
     means: Means,
-    keys: Array,
-    values: Array,
-    queries: Codes,
+    exact: Exact,
     leave: int,
     dithers: Dithers | None = None,
     turns: Turns | None = None,
@@ -276,10 +266,9 @@ def settle_into(
     Dithers are an argument, or in memory. With turns, their tokens take the room that is left: ``coming`` are those of
     all turns.
     """
-    streams, exact, head_dim = keys.shape
-    value_dim, (clusters, bands), window = values.shape[-1], means.spread.shape[1:], queries.codes.shape[1]
-    dtype = element(keys.dtype)
-    (keys, key_step), (values, value_step) = map(device.streams, (keys, values))
+    (streams, places, head_dim), value_dim = exact.keys.shape, exact.values.shape[-1]
+    (clusters, bands), dtype, queries = means.spread.shape[1:], element(exact.keys.dtype), exact.queries
+    (keys, key_step), (values, value_step) = map(device.streams, (exact.keys, exact.values))
     of_means = [device.packed(x, "float32") for x in (means.keys, means.values, means.spread, means.importance)]
     codes, scales = device.packed(queries.codes), device.packed(queries.scales, "float32")
     results = [new.keys, new.values, new.spread, new.importance]
@@ -293,11 +282,11 @@ def settle_into(
         steps[2] = coming.keys.shape[1]
         if coming.queries is not None:
             arriving[2:] = device.packed(coming.queries.codes), device.packed(coming.queries.scales, "float32")
-    rows = streams * (clusters + exact)
+    rows = streams * (clusters + places)
     arguments = [
         *(address(device, x) for x in (*of_means, keys, values, codes, scales)),
         *(i64(x) for x in (key_step, value_step, rows)),
-        *(i32(x) for x in (clusters, exact - window, window, leave, head_dim, value_dim, bands)),
+        *(i32(x) for x in (clusters, exact.sink, places - exact.sink, leave, head_dim, value_dim, bands)),
         *(f64(x) for x in (GOLDEN, *drawn)),
         *(address(device, x) for x in results),
         *(address(device, x) for x in (means.counts, means.nearest, new.counts)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from subgen.absorbing import Settled, means_and_exact
+from subgen.absorbing import Exact, Settled, means_and_exact
 from subgen.blocks import Tokens, Turn, Turned
 from subgen.merging import Means
 from subgen.rounding import Codes
@@ -103,12 +103,10 @@ class _Held:
     """A sketch as it is stored, and its parts as the kernels are given them."""
 
     means: Means
-    keys: Array
-    values: Array
-    queries: Codes
+    exact: Exact
 
 
-def _parts(stored: Stored, clusters: int, remember: bool) -> _Held:
+def _parts(stored: Stored, clusters: int, remember: bool, asked: tuple[bool, ...]) -> _Held:
     mean_keys, mean_values, keys, values = means_and_exact(stored, clusters)
     means = Means(
         mean_keys,
@@ -118,15 +116,13 @@ def _parts(stored: Stored, clusters: int, remember: bool) -> _Held:
         stored.importance,
         nearest=stored.nearest if remember else None,
     )
-    return _Held(means, keys, values, stored.queries)
+    return _Held(means, Exact(keys, values, stored.queries, asked))
 
 
 def absorb_blocks(
     device: Device,
     held: Means,
-    keys: Array,
-    values: Array,
-    queries: Codes,
+    exact: Exact,
     tokens: Tokens,
     scale: float | None,
     leave: int,
@@ -141,39 +137,35 @@ def absorb_blocks(
     Parameters
     ----------
     device : Device
-    held, keys, values, queries, tokens, scale, leave, turns
+    held, exact, tokens, scale, leave, turns
         As in `subgen.blocks.absorb_blocks`, with at least three turns.
 
     Returns
     -------
     subgen.blocks.Turned
     """
-    (streams, exact, head_dim), (clusters, bands) = keys.shape, held.spread.shape[1:]
-    dtype, sizes = element(keys.dtype), (streams, clusters, exact, queries.scales.shape[1], bands)
+    (streams, places, head_dim), (clusters, bands) = exact.keys.shape, held.spread.shape[1:]
+    dtype, sizes = element(exact.keys.dtype), (streams, clusters, places, places - exact.sink, bands)
     asked, remember = tokens.queries is not None, held.nearest is not None
-    dims, coded = (head_dim, values.shape[-1]), isinstance(held.keys, Codes)
+    dims, coded = (head_dim, exact.values.shape[-1]), isinstance(held.keys, Codes)
     sets = [stored_like(device, dtype, dims, sizes, coded, whole=True) for _ in range(2)]
     tokens = _packed(device, tokens)
     table = device.upload(np.array([_numbers(turn) for turn in turns]))
     counters = device.upload(np.zeros(2, dtype=np.int64))
-    window = slice(exact - queries.scales.shape[1], None)
 
     def turn(device: Device, held: _Held, new: Stored, odd: bool) -> None:
         at = Turns(table, counters, odd)
-        window_keys, window_values = held.keys[:, window], held.values[:, window]
-        if asked:
-            metric = query_moment(device, held.queries, held.queries.scales.shape[1])
-        else:
-            metric = key_moment(device, window_keys, scale)
-        pool, unit = collect(device, held.means, window_keys, window_values, leave, turns=at)
+        keys, values = held.exact.window
+        metric = query_moment(device, held.exact.queries, keys.shape[1]) if asked else key_moment(device, keys, scale)
+        pool, unit = collect(device, held.means, keys, values, leave, turns=at)
         merged, _ = shrink(device, pool, metric, unit, clusters, clusters)
-        settle_into(device, new, merged, held.keys, held.values, held.queries, leave, turns=at, coming=tokens)
+        settle_into(device, new, merged, held.exact, leave, turns=at, coming=tokens)
 
-    turn(device, _Held(held, keys, values, queries), sets[0], False)
+    turn(device, _Held(held, exact), sets[0], False)
     recorder = Recorder(device)
-    turn(recorder, _parts(sets[0], clusters, remember), sets[1], True)
+    turn(recorder, _parts(sets[0], clusters, remember, exact.asked), sets[1], True)
     first = list(recorder.launches)
-    turn(recorder, _parts(sets[1], clusters, remember), sets[0], False)
+    turn(recorder, _parts(sets[1], clusters, remember, exact.asked), sets[0], False)
     replay = device.replayed(recorder.launches)
     pairs, one_more = divmod(len(turns) - 3, 2)
     for _ in range(pairs):

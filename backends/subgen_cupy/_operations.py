@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from subgen.absorbing import Dithers, Settled
+from subgen.absorbing import Dithers, Exact, Settled
 from subgen.backends import PORTABLE
 from subgen.blocks import Tokens, Turn, Turned
 from subgen.decoding import Decoded, Held
@@ -214,22 +214,19 @@ def query_moment(keys: Array, queries: Codes, asked: tuple[bool, ...], scale: fl
     return _absorbing.key_moment(device_of(keys), keys, scale)
 
 
-def settle(
-    means: Means, keys: Array, values: Array, queries: Codes, leave: int, dithers: Dithers, coded: bool
-) -> Settled:
+def settle(means: Means, exact: Exact, leave: int, dithers: Dithers, coded: bool) -> Settled:
     """Round clusters, and move up the tokens that stay; see `subgen.absorbing.settle`."""
+    keys, values = exact.keys, exact.values
     stored, wide = element(keys.dtype), {element(x.dtype) for x in (means.keys, means.values, means.spread)}
     if stored not in _STORED or element(values.dtype) != stored or wide != {"float32"} or 0 in (keys.size, values.size):
-        settled: Settled = _without("settle", keys)(means, keys, values, queries, leave, dithers, coded)
+        settled: Settled = _without("settle", keys)(means, exact, leave, dithers, coded)
         return settled
-    return _absorbing.settle(device_of(keys), means, keys, values, queries, leave, dithers, coded)
+    return _absorbing.settle(device_of(keys), means, exact, leave, dithers, coded)
 
 
 def absorb_blocks(
     held: Means,
-    keys: Array,
-    values: Array,
-    queries: Codes,
+    exact: Exact,
     tokens: Tokens,
     scale: float | None,
     leave: int,
@@ -240,13 +237,14 @@ def absorb_blocks(
 
     Recorded as a CUDA graph and replayed, where there are enough turns and kernels take the arrays as they lie.
     """
+    keys, values = exact.keys, exact.values
     stored, arrays = element(keys.dtype), (*_numbers(held), held.spread, held.importance, values)
     size = 4 if stored == "float32" else 2
     taken = (
         len(turns) >= _blocks.FEWEST_TURNS
         and stored in _STORED
         and {element(x.dtype) for x in (*arrays, tokens.keys, tokens.values)} == {stored}
-        and element(queries.scales.dtype) == "float32"
+        and element(exact.queries.scales.dtype) == "float32"
         and all(x.shape[-1] * size % ALIGNMENT == 0 and x.shape[-1] for x in (keys, values))
         and keys.shape[-1] <= _absorbing.MOST_DIM
         and 0 < held.counts.shape[1] <= _merging.MOST_CLUSTERS - leave
@@ -254,9 +252,9 @@ def absorb_blocks(
         and (device := device_of(keys)).recordable
     )
     if not taken:
-        turned: Turned = _without("absorb_blocks", keys)(held, keys, values, queries, tokens, scale, leave, turns, ops)
+        turned: Turned = _without("absorb_blocks", keys)(held, exact, tokens, scale, leave, turns, ops)
         return turned
-    return _blocks.absorb_blocks(device, held, keys, values, queries, tokens, scale, leave, turns)
+    return _blocks.absorb_blocks(device, held, exact, tokens, scale, leave, turns)
 
 
 def decode(held: Held, queries: Array, keys: Array, values: Array, scale: float, ops: Any) -> Decoded:

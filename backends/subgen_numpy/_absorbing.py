@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subgen import absorbing
-from subgen.absorbing import Absorbed, Dithers, Settled
+from subgen.absorbing import Absorbed, Absorption, Dithers, Exact, Settled
 from subgen.merging import Means
 from subgen.rounding import Codes, Dither, dequantize
 
@@ -27,40 +27,13 @@ __all__ = ["absorb", "absorb_by_loops"]
 Floats = NDArray[np.floating[Any]]
 
 
-def absorb(
-    held: Means,
-    keys: Floats,
-    values: Floats,
-    queries: Codes,
-    asked: tuple[bool, ...],
-    scale: float | None,
-    leave: int,
-    weight: float,
-    most: int,
-    dithers: Dithers,
-    coded: bool,
-    ops: Any,
-) -> Absorbed:
+def absorb(held: Means, exact: Exact, told: Absorption, ops: Any) -> Absorbed:
     """Let the oldest tokens of the window join the clusters, and merge; see `subgen.absorbing.absorb`."""
-    given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded, ops)
-    absorbed = absorb_by_loops(*given)
-    return absorbing.absorb(*given) if absorbed is None else absorbed
+    absorbed = absorb_by_loops(held, exact, told, ops)
+    return absorbing.absorb(held, exact, told, ops) if absorbed is None else absorbed
 
 
-def absorb_by_loops(
-    held: Means,
-    keys: NDArray[Any],
-    values: NDArray[Any],
-    queries: Codes,
-    asked: tuple[bool, ...],
-    scale: float | None,
-    leave: int,
-    weight: float,
-    most: int,
-    dithers: Dithers,
-    coded: bool,
-    ops: Any,
-) -> Absorbed | None:
+def absorb_by_loops(held: Means, exact: Exact, told: Absorption, ops: Any) -> Absorbed | None:
     """Do what `absorb` does, or nothing: numbers may be words of bfloat16, see `subgen_numpy._words`.
 
     Returns
@@ -69,24 +42,23 @@ def absorb_by_loops(
         The latter where there are no loops, or they are not for what is given.
     """
     loops = compiled("absorbing")
-    stored, wide = keys.dtype, np.dtype(np.float32) if keys.dtype in LIMITS else keys.dtype
+    stored, queries = exact.keys.dtype, exact.queries
+    wide = np.dtype(np.float32) if stored in LIMITS else stored
     known = wide in (np.float32, np.float64) and held.spread.dtype == stored
     if loops is None or not known or held.leaders is not None or not held.counts.all():
         return None
     held = _in_wide(held, wide)
-    exact_keys, exact_values = widened(keys, wide), widened(values, wide)
-    streams, n = held.counts.shape
-    room = keys.shape[1]
-    most = min(most, n + leave)
-    told = all(asked)
-    window_keys = exact_keys[:, room - queries.codes.shape[1] :]
-    metrics = exact_keys if told else ops.query_moment(window_keys, queries, asked, scale)
+    exact = Exact(widened(exact.keys, wide), widened(exact.values, wide), queries, exact.asked)
+    (streams, n), room, leave = held.counts.shape, exact.keys.shape[1], told.leave
+    most = min(told.most, n + leave)
+    every = all(exact.asked)
+    metrics = exact.keys if every else ops.query_moment(exact.window[0], queries, exact.asked, told.scale)
     places, arrays = in_memory(
         *(held.keys, held.values, held.counts, held.spread, held.importance),
         held.counts if held.nearest is None else held.nearest,
-        *(exact_keys, exact_values, queries.codes, queries.scales, metrics),
+        *(exact.keys, exact.values, queries.codes, queries.scales, metrics),
     )
-    new_keys, new_values = (np.empty((streams, most + room, x.shape[-1]), wide) for x in (keys, values))
+    new_keys, new_values = (np.empty((streams, most + room, x.shape[-1]), wide) for x in (exact.keys, exact.values))
     counts, spread, importance = (
         np.empty((streams, most, *x.shape[2:]), x.dtype) for x in (held.counts, held.spread, held.importance)
     )
@@ -98,12 +70,14 @@ def absorb_by_loops(
 
     # The arrays are there as long as a thread may come.
     def work(turns: NDArray[np.int64], waits: bool, _: object = arrays) -> None:
-        loops.absorb(turns, waits, odd, integers, places, told, weight, leave, *written)
+        loops.absorb(turns, waits, odd, integers, places, every, told.weight, leave, *written)
 
     helped(work, streams * (n + leave) // WORTH_A_THREAD, blas=True)
     if odd.any():  # numbers beyond what is done there
         return None
-    settled = _settled(new_keys, new_values, spread, importance, Codes(codes, scales), most, stored, dithers, coded)
+    settled = _settled(
+        new_keys, new_values, spread, importance, Codes(codes, scales), most, stored, told.dithers, told.coded
+    )
     return Absorbed(settled, counts, None if held.nearest is None else nearest, moved)
 
 

@@ -10,7 +10,7 @@ from subgen_numpy import absorb_by_loops
 from torch import Tensor
 
 from subgen import absorbing, rounding
-from subgen.absorbing import Absorbed, Dithers
+from subgen.absorbing import Absorbed, Absorption, Exact
 from subgen.merging import Means
 from subgen.rounding import Codes, Dither
 
@@ -20,28 +20,15 @@ __all__ = ["absorb", "quantize"]
 
 
 @torch.no_grad()
-def absorb(
-    held: Means,
-    keys: Tensor,
-    values: Tensor,
-    queries: Codes,
-    asked: tuple[bool, ...],
-    scale: float | None,
-    leave: int,
-    weight: float,
-    most: int,
-    dithers: Dithers,
-    coded: bool,
-    ops: Any,
-) -> Absorbed:
+def absorb(held: Means, exact: Exact, told: Absorption, ops: Any) -> Absorbed:
     """Let the oldest tokens of the window join the clusters, and merge; see `subgen.absorbing.absorb`."""
-    given = (held, keys, values, queries, asked, scale, leave, weight, most, dithers, coded)
     absorbed: Absorbed | None = None
-    if keys.device.type == "cpu" and keys.dtype in COMPUTED:
+    dtype = exact.keys.dtype
+    if exact.keys.device.type == "cpu" and dtype in COMPUTED:
         # Of 16 bits NumPy knows words alone, and its compiled loops do.
-        absorbed = by_numpy(absorb_by_loops if keys.dtype in NARROW else NUMPY.absorb, *given, NUMPY)
+        absorbed = by_numpy(absorb_by_loops if dtype in NARROW else NUMPY.absorb, held, exact, told, NUMPY)
     if absorbed is None:
-        return absorbing.absorb(*given, ops)
+        return absorbing.absorb(held, exact, told, ops)
     settled = absorbed.settled
     arrays = ("keys", "values", "spread", "importance", "key_codes", "value_codes", "queries")
     return Absorbed(

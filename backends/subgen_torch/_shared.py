@@ -10,6 +10,7 @@ import torch
 from subgen_numpy import BACKEND, BFLOAT16, at_most, compiled, threads
 from torch import Tensor
 
+from subgen.absorbing import Exact
 from subgen.backends import Operations
 from subgen.merging import Means
 from subgen.rounding import Codes
@@ -26,13 +27,13 @@ NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.floa
 NARROW = {torch.float16, torch.bfloat16}
 COMPUTED = {*NUMPY_DTYPES, *NARROW}
 
-_SHARED = (Tensor, Means, Codes)
+_SHARED = (Tensor, Means, Exact, Codes)
 
 
 def shared(x: Any) -> Any:
-    """Return arrays over the memory of a tensor, of `Means` or of `Codes`."""
+    """Return arrays over the memory of a tensor, of `Means`, of `Exact` tokens or of `Codes`."""
     if not isinstance(x, Tensor):
-        return x.each(shared) if isinstance(x, Means) else Codes(shared(x.codes), shared(x.scales))
+        return Codes(shared(x.codes), shared(x.scales)) if isinstance(x, Codes) else x.each(shared)
     if x.requires_grad:  # detaching takes as long as all else here, and what a token needs is mostly plain
         x = x.detach()
     # NumPy has no bfloat16: its backend knows the words.

@@ -7,6 +7,7 @@ backends.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,9 @@ from .rounding import Codes, Dither, dequantize, quantize, round_to
 __all__ = [
     "VALUE_WEIGHT",
     "Absorbed",
+    "Absorption",
     "Dithers",
+    "Exact",
     "Settled",
     "absorb",
     "collect",
@@ -115,6 +118,39 @@ class Dithers:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """The exact tokens, as they are stored: sinks, the window, and room behind them.
+
+    Attributes
+    ----------
+    keys, values : array, shape (streams, sink + window, dim)
+    queries : Codes, of shape (streams, window, head_dim)
+        One of each token in the window.
+    asked : tuple of bool
+        Which tokens in the window came with queries.
+    """
+
+    keys: Array
+    values: Array
+    queries: Codes
+    asked: tuple[bool, ...]
+
+    @property
+    def sink(self) -> int:
+        """How many tokens are sinks."""
+        return int(self.keys.shape[1] - self.queries.scales.shape[1])
+
+    @property
+    def window(self) -> tuple[Array, Array]:
+        """Keys and values behind the sinks: ``(streams, window, dim)``."""
+        return self.keys[:, self.sink :, :], self.values[:, self.sink :, :]
+
+    def each(self, function: Callable[[Any], Any]) -> Exact:
+        """Apply a function to the keys, the values and the queries."""
+        return Exact(function(self.keys), function(self.values), function(self.queries), self.asked)
+
+
+@dataclass(frozen=True)
 class Settled:
     """Clusters as they are stored, and the exact tokens behind them; see `subgen.means.MeansState`."""
 
@@ -127,18 +163,15 @@ class Settled:
     queries: Codes
 
 
-def settle(
-    means: Means, keys: Array, values: Array, queries: Codes, leave: int, dithers: Dithers, coded: bool
-) -> Settled:
+def settle(means: Means, exact: Exact, leave: int, dithers: Dithers, coded: bool) -> Settled:
     """Round clusters to what they are stored in, and move up the tokens behind those that leave the window.
 
     Parameters
     ----------
     means : Means
         In float32 or float64.
-    keys, values : array, shape (streams, sink + window, dim)
-        The exact tokens, and room behind them, in the dtype to store in.
-    queries : Codes, of shape (streams, window, head_dim)
+    exact : Exact
+        In the dtype to store in.
     leave : int
         How many leave from behind the sinks; as much room, zeros, comes behind the last.
     dithers : Dithers
@@ -150,8 +183,8 @@ def settle(
     Settled
         New arrays: room is written in place.
     """
-    xp = array_namespace(keys)
-    dtype, sink = keys.dtype, keys.shape[1] - queries.codes.shape[1]
+    xp = array_namespace(exact.keys)
+    dtype, sink, queries = exact.keys.dtype, exact.sink, exact.queries
 
     def moved_up(x: Array, first: int) -> list[Array]:
         return [x[:, :first, ...], x[:, first + leave :, ...], xp.zeros_like(x[:, :leave, ...])]
@@ -159,23 +192,50 @@ def settle(
     def queue(x: Array) -> Array:
         return xp.concat(moved_up(x, 0), axis=1)
 
-    exact_keys, exact_values = moved_up(keys, sink), moved_up(values, sink)
+    keys, values = moved_up(exact.keys, sink), moved_up(exact.values, sink)
     key_codes = value_codes = None
     if coded:
         key_codes = quantize(means.keys, dtype, dithers.keys)
         value_codes = quantize(means.values, dtype, dithers.values)
     else:
-        exact_keys.insert(0, round_to(means.keys, dtype, dithers.keys))
-        exact_values.insert(0, round_to(means.values, dtype, dithers.values))
+        keys.insert(0, round_to(means.keys, dtype, dithers.keys))
+        values.insert(0, round_to(means.values, dtype, dithers.values))
     return Settled(
-        keys=xp.concat(exact_keys, axis=1),
-        values=xp.concat(exact_values, axis=1),
+        keys=xp.concat(keys, axis=1),
+        values=xp.concat(values, axis=1),
         spread=round_to(means.spread, dtype, dithers.spread),
         importance=round_to(means.importance, dtype, dithers.importance),
         key_codes=key_codes,
         value_codes=value_codes,
         queries=Codes(queue(queries.codes), queue(queries.scales)),
     )
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """What `absorb` is told.
+
+    Attributes
+    ----------
+    leave : int
+        How many tokens leave the window, from behind the sinks.
+    weight : float
+        Factor of their importance; see `collect`.
+    most : int
+        Clusters that may be left.
+    scale : float or None
+        Factor of the logits; see `subgen.metric.query_moment`.
+    dithers : Dithers
+    coded : bool
+        Whether means are stored in 8 bits, those that are held too; see `settle`.
+    """
+
+    leave: int
+    weight: float
+    most: int
+    scale: float | None
+    dithers: Dithers
+    coded: bool
 
 
 @dataclass(frozen=True)
@@ -198,42 +258,16 @@ class Absorbed:
     moved: Array
 
 
-def absorb(
-    held: Means,
-    keys: Array,
-    values: Array,
-    queries: Codes,
-    asked: tuple[bool, ...],
-    scale: float | None,
-    leave: int,
-    weight: float,
-    most: int,
-    dithers: Dithers,
-    coded: bool,
-    ops: Any,
-) -> Absorbed:
+def absorb(held: Means, exact: Exact, told: Absorption, ops: Any) -> Absorbed:
     """Let the oldest tokens of the window join the clusters, and merge the closest until there is room.
 
     Parameters
     ----------
     held : Means
         The clusters, as they are stored; without leaders, by which others join (`subgen.leaders`).
-    keys, values : array, shape (streams, sink + window, dim)
-        The exact tokens, as they are stored.
-    queries : Codes, of shape (streams, window, head_dim)
-    asked : tuple of bool, length window
-        Which tokens in the window came with queries.
-    scale : float or None
-        Factor of the logits; see `subgen.metric.query_moment`.
-    leave : int
-        How many tokens leave the window, from behind the sinks.
-    weight : float
-        Factor of their importance; see `collect`.
-    most : int
-        Clusters that may be left.
-    dithers : Dithers
-    coded : bool
-        Whether means are stored in 8 bits, those that are held too; see `settle`.
+    exact : Exact
+        With a full window.
+    told : Absorption
     ops : Operations
         `collect`, `subgen.metric.query_moment`, `subgen.merging.merge_closest` and `settle`, one after the other, are
         what this is.
@@ -242,10 +276,9 @@ def absorb(
     -------
     Absorbed
     """
-    sink = keys.shape[1] - queries.codes.shape[1]
-    window_keys = keys[:, sink:, :]
-    pool, unit = ops.collect(held, window_keys, values[:, sink:, :], leave, weight)
-    metric = ops.query_moment(window_keys, queries, asked, scale)
-    merged, moved = ops.merge_closest(pool, metric, unit, most, most)
-    settled = ops.settle(merged, keys, values, queries, leave, dithers, coded)
+    keys, values = exact.window
+    pool, unit = ops.collect(held, keys, values, told.leave, told.weight)
+    metric = ops.query_moment(keys, exact.queries, exact.asked, told.scale)
+    merged, moved = ops.merge_closest(pool, metric, unit, told.most, told.most)
+    settled = ops.settle(merged, exact, told.leave, told.dithers, told.coded)
     return Absorbed(settled, merged.counts, merged.nearest, moved)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._array import Array
-from .absorbing import Dithers, Settled, means_and_exact
+from .absorbing import Absorption, Dithers, Exact, Settled, means_and_exact
 from .merging import Means, nobody
 from .rounding import Codes
 
@@ -65,9 +65,7 @@ class Turned:
 
 def absorb_blocks(
     held: Means,
-    keys: Array,
-    values: Array,
-    queries: Codes,
+    exact: Exact,
     tokens: Tokens,
     scale: float | None,
     leave: int,
@@ -80,10 +78,8 @@ def absorb_blocks(
     ----------
     held : Means
         The clusters, as they are stored; without leaders. As many are left after each turn.
-    keys, values : array, shape (streams, sink + window, dim)
-        The exact tokens, as they are stored; the window is full.
-    queries : Codes, of shape (streams, window, head_dim)
-        All tokens in the window came with queries if those that come do, and none if they do not.
+    exact : Exact
+        The window is full. All of its tokens came with queries if those that come do, and none if they do not.
     tokens : Tokens
         ``len(turns) * leave`` of them.
     scale : float or None
@@ -99,16 +95,14 @@ def absorb_blocks(
     -------
     Turned
     """
-    clusters, window = held.counts.shape[1], queries.scales.shape[1]
-    asked = (tokens.queries is not None,) * window
+    clusters, window = held.counts.shape[1], exact.queries.scales.shape[1]
     coded = isinstance(held.keys, Codes)
-    place, at = (0 if coded else clusters) + keys.shape[1] - leave, window - leave
+    place, at = (0 if coded else clusters) + exact.keys.shape[1] - leave, window - leave
     for i, turn in enumerate(turns):
         if turn.anew:
             held = replace(held, nearest=nobody(held.counts))
-        absorbed = ops.absorb(
-            held, keys, values, queries, asked, scale, leave, turn.weight, clusters, turn.dithers, coded, ops
-        )
+        told = Absorption(leave, turn.weight, clusters, scale, turn.dithers, coded)
+        absorbed = ops.absorb(held, exact, told, ops)
         part = slice(i * leave, (i + 1) * leave)
         settled: Settled = absorbed.settled
         queries = settled.queries
@@ -122,6 +116,7 @@ def absorb_blocks(
             queries=queries,
         )
         mean_keys, mean_values, keys, values = means_and_exact(settled, clusters)
+        exact = Exact(keys, values, queries, exact.asked)
         held = Means(
             mean_keys,
             mean_values,

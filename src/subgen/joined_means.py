@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ._array import Array, array_namespace, clip, compute_dtype, positions
-from .absorbing import value_scale
+from .absorbing import Exact, value_scale
 from .backends import Operations
 from .counter import slot_draws
 from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_copy
@@ -99,7 +99,7 @@ def join_means(
         )
     state = replace(second, n_seen=n_seen, residual=residual)
     keys, values = (xp.concat(x, axis=1) for x in ([sink_keys, window_keys], [sink_values, window_values]))
-    return method.rebuild(state, merged, keys, values, 0, ops)
+    return method.rebuild(state, merged, Exact(keys, values, second.queries, second.asked), 0, ops)
 
 
 def _cut(method: ClusterMeans, first: MeansState, second: MeansState, x: Array, y: Array) -> tuple[Array, Array, Array]:

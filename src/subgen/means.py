@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
 from ._checks import check_scale
-from .absorbing import Dithers, Settled, means_and_exact, widened
+from .absorbing import Absorption, Dithers, Exact, Settled, means_and_exact, widened
 from .backends import Operations
 from .blocks import Tokens, Turn
 from .budget import Budget, Footprint
@@ -120,6 +120,12 @@ class MeansState:
     def n_means(self) -> int:
         """Places of clusters in ``keys`` and ``values``."""
         return 0 if self.key_codes is not None else int(self.counts.shape[1])
+
+    @property
+    def exact(self) -> Exact:
+        """The exact tokens and the room behind them."""
+        keys, values = (x[:, self.n_means :, :] for x in (self.keys, self.values))
+        return Exact(keys, values, self.queries, self.asked)
 
 
 @dataclass(frozen=True)
@@ -367,45 +373,34 @@ class ClusterMeans:
         held = self.stored(state)
         if held.nearest is not None and self._anew(state.n_seen):
             held = replace(held, nearest=nobody(held.counts))
-        exact = slice(state.n_means, None)
-        keys, values = state.keys[:, exact, :], state.values[:, exact, :]
+        exact = state.exact
         rest = replace(state, n_exact=state.n_exact - self.block, asked=state.asked[self.block :])
         if self.delta is None:
-            absorbed = ops.absorb(
-                held,
-                keys,
-                values,
-                state.queries,
-                state.asked,
-                self.scale,
-                self.block,
-                early_weight(state.n_seen),
-                self.most(state, state.n_seen, held.counts.shape[1] + self.block),
-                self._dithers(state.n_seen),
-                self.storage == "int8",
-                ops,
+            told = Absorption(
+                leave=self.block,
+                weight=early_weight(state.n_seen),
+                most=self.most(state, state.n_seen, held.counts.shape[1] + self.block),
+                scale=self.scale,
+                dithers=self._dithers(state.n_seen),
+                coded=self.storage == "int8",
             )
+            absorbed = ops.absorb(held, exact, told, ops)
             moved = absorbed.moved
             after = self._settled(rest, absorbed.settled, absorbed.counts, None, absorbed.nearest)
         else:
-            window = slice(self.sink, None)
-            pool, value_scale = ops.collect(
-                held, keys[:, window, :], values[:, window, :], self.block, early_weight(state.n_seen)
-            )
+            pool, value_scale = ops.collect(held, *exact.window, self.block, early_weight(state.n_seen))
             pool, joined = self.pool(pool, held.counts.shape[1], ops)
             most = self.most(state, state.n_seen, pool.counts.shape[1])
             merged, moved = ops.merge_closest(pool, self.metric(state, ops), value_scale, most, most)
-            after = self.rebuild(rest, merged, keys, values, self.block, ops)
+            after = self.rebuild(rest, merged, exact, self.block, ops)
         residual = state.residual
         if residual is not None:
             if self.delta is None:
                 joined = _in_places_behind(held.counts, self.block)
             key = stream_key(self.seed, RESIDUAL_DRAWS, heads, ops.threefry2x32)
             offered = state.n_seen - self.sink - self.window
-            leaves = slice(self.sink, self.sink + self.block)
-            residual = sample_tokens(
-                residual, keys[:, leaves, :], values[:, leaves, :], joined, moved, offered, key, ops
-            )
+            keys, values = (x[:, : self.block, :] for x in exact.window)
+            residual = sample_tokens(residual, keys, values, joined, moved, offered, key, ops)
         return replace(after, residual=residual)
 
     def _codes(self, state: MeansState, queries: Array, ops: Operations) -> Codes:
@@ -430,24 +425,13 @@ class ClusterMeans:
     def _absorb_blocks(self, state: MeansState, turns: int, tokens: Tokens, ops: Operations) -> MeansState:
         """Take so many blocks of half a window."""
         held = self.stored(state)
-        exact = slice(state.n_means, None)
         times = range(state.n_seen, state.n_seen + turns * self.block, self.block)
         drawn = (dithers(self.seed, what, times) for what in _OF_CLUSTERS)
         differing = [
             Turn(early_weight(n), Dithers(*each), held.nearest is not None and self._anew(n))
             for n, *each in zip(times, *drawn, strict=True)
         ]
-        turned = ops.absorb_blocks(
-            held,
-            state.keys[:, exact, :],
-            state.values[:, exact, :],
-            state.queries,
-            tokens,
-            self.scale,
-            self.block,
-            differing,
-            ops,
-        )
+        turned = ops.absorb_blocks(held, state.exact, tokens, self.scale, self.block, differing, ops)
         after = replace(state, n_seen=times[-1] + self.block)
         return self._settled(after, turned.settled, turned.counts, None, turned.nearest)
 
@@ -488,9 +472,7 @@ class ClusterMeans:
             return places
         return min(places, self.budget.clusters(n_seen, self.footprint(state.keys, state.values)))
 
-    def rebuild(
-        self, state: MeansState, means: Means, keys: Array, values: Array, leave: int, ops: Operations
-    ) -> MeansState:
+    def rebuild(self, state: MeansState, means: Means, exact: Exact, leave: int, ops: Operations) -> MeansState:
         """Put new clusters before the exact tokens.
 
         Parameters
@@ -498,8 +480,8 @@ class ClusterMeans:
         state : MeansState
             Right are the numbers of tokens, and the samples.
         means : Means
-        keys, values : array, shape (streams, sink + window, dim)
-            The exact tokens and the room behind them, in the dtype of the input; as of now, the queries too.
+        exact : Exact
+            As of now, in the dtype of the input.
         leave : int
             How many of the exact tokens leave from behind the sinks.
         ops : Operations
@@ -513,7 +495,7 @@ class ClusterMeans:
             room = min(room_for(int(xp.max(n_live(means)))), means.counts.shape[1])
             means = means.part(slice(room))
         dithers, coded = self._dithers(state.n_seen), self.storage == "int8"
-        settled = ops.settle(means, keys, values, state.queries, leave, dithers, coded)
+        settled = ops.settle(means, exact, leave, dithers, coded)
         return self._settled(state, settled, means.counts, means.leaders, means.nearest)
 
     def _dithers(self, n_seen: int) -> Dithers:

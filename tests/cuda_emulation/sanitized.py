@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from subgen_cupy import _absorbing, _attention, _decoding, _leaders, _merging, _rounding, _threefry
 
-from subgen.absorbing import Dithers
+from subgen.absorbing import Dithers, Exact
 from subgen.merging import Means
 from subgen.rounding import Codes, dither
 
@@ -70,8 +70,9 @@ def main() -> None:
         _absorbing.collect(device, in_codes, keys[:, 2:], values[:, 2:], leave, 1.0)
         _absorbing.query_moment(device, queries, window)
         _absorbing.key_moment(device, keys, None)
+        exact = Exact(keys, values, queries, (True,) * window)
         for wanted in (False, True):
-            _absorbing.settle(device, pool, keys, values, queries, leave, Dithers(*[dither(0, 1, 2)] * 4), wanted)
+            _absorbing.settle(device, pool, exact, leave, Dithers(*[dither(0, 1, 2)] * 4), wanted)
     _rounding.query_codes(device, draw(4, 9, 37)[:, 2:5], 2, 0.3, 5)
     words = tuple(rng.integers(0, 1 << 32, size=(4, 300)))
     _threefry.threefry(device, words)
