@@ -57,20 +57,28 @@ def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -
     guards: list[list[int]] = [[] for _ in range(n)]
     named = [-1] * n  # whom a cluster names; itself, if it has guards of its own
 
-    def look(row: Floats, among: NDArray[np.bool_], bound: float, than: int) -> list[int]:
+    def nearer(row: Floats, columns: NDArray[np.int64], bound: float, than: int) -> NDArray[np.int64]:
+        return columns[(row[columns] < bound) | (row[columns] == bound) & (columns < than)]
+
+    def dearest(row: Floats, columns: NDArray[np.int64]) -> list[int]:
+        return columns[np.argsort(-row[columns], kind="stable")][:GUARDS].tolist()
+
+    def of_each_lane(columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first of each lane."""
+        return columns[np.unique(lane[columns], return_index=True)[1]]
+
+    def guards_of(row: Floats, bound: float, than: int) -> list[int]:
         """The dearest of each lane that is nearer, from the end of the row on, no further than there are enough."""
         nonlocal passed
-        nearer = among & ((row < bound) | (row == bound) & (np.arange(n) < than))
-        found: dict[int, int] = {}
+        found = np.zeros(0, np.int64)
         for start in range((n - 1) // AT_ONCE * AT_ONCE, -1, -AT_ONCE):
-            part = start + np.flatnonzero(nearer[start : start + AT_ONCE])
-            for column in part[np.argsort(row[part], kind="stable")].tolist():
-                of_lane = found.get(lane[column], column)
-                found[lane[column]] = max(of_lane, column, key=row.__getitem__)
+            part = start + np.flatnonzero(is_open[start : start + AT_ONCE])
+            found = np.concatenate([found, nearer(row, part, bound, than)])
+            found = of_each_lane(found[np.argsort(-row[found], kind="stable")])
             passed += min(AT_ONCE, n - start) / n
             if len(found) >= GUARDS:
                 break
-        return [found[each] for each in sorted(found)][:GUARDS]
+        return dearest(row, found)
 
     for taken in [*pairs, np.zeros((2, 0), np.int64)]:
         for i in np.flatnonzero(is_open):
@@ -80,9 +88,11 @@ def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -
             cost = np.where(behind, row, np.inf)
             nearest = int(cost.argmin())
             passed += 1
-            guards[i], named[i] = look(row, is_open & (order < order[i]), cost[nearest], nearest), i
+            before = np.flatnonzero(is_open & (order < order[i]))
+            before = of_each_lane(before[np.argsort(row[before], kind="stable")])
+            guards[i], named[i] = dearest(row, nearer(row, before, cost[nearest], nearest)), i
             if not guards[i] and cost[nearest] < np.inf:
-                guards[i], named[i] = look(costs[nearest], is_open, cost[nearest], i), nearest
+                guards[i], named[i] = guards_of(costs[nearest], cost[nearest], i), nearest
         is_open[taken.ravel()] = False
     return passed
 

@@ -121,7 +121,7 @@ def _merge_all(device: EmulatedDevice) -> list[Any]:
 
 
 def _match(device: EmulatedDevice) -> list[Any]:
-    """Also streams of several tiles: some are nearest to many; all remember others; many costs are equal."""
+    """Also streams of several tiles: some are nearest to many; all remember others; many costs are equal, or all."""
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 3, 150, 8)).astype(np.float32)
     keys[0, ::9] *= 0.1
@@ -139,7 +139,12 @@ def _match(device: EmulatedDevice) -> list[Any]:
     costs[:, index, index] = costs[:, 7] = costs[:, :, 7] = np.inf
     known = np.ones((1, 120), np.int32), rng.random((1, 120)).astype(np.float32), np.full((1, 120), -1, np.int32)
     matched = _merging.match(device, costs, *known, 100, 120, np.zeros((1, 120), np.int64), True)
-    return [*_remember(device), merged.counts, merged.nearest, moved, *matched]
+    # As many others, of four costs.
+    few = np.triu(rng.integers(1, 5, size=(128, 128)), 1).astype(np.float32)
+    few = (few + few.T)[None]
+    few[:, np.arange(128), np.arange(128)] = np.inf
+    chosen = _merging.match(device, few, *known, 70, 120, np.zeros((1, 120), np.int64), True)
+    return [*_remember(device), merged.counts, merged.nearest, moved, *matched, *chosen]
 
 
 def _match_together(device: EmulatedDevice) -> list[Any]:
@@ -211,12 +216,15 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
         ("(found >> 16) < 2 * surplus - 1", "(found >> 16) < surplus"),
         # Who speaks for a pair, and who guards against it.
         ("place > own && cost < bits", "cost < bits"),
-        ("(unsigned)place < own && cost", "cost"),
+        ("(unsigned)place < (unsigned)own && cost", "cost"),
+        ("bits + (guard < nearest)", "bits"),
+        ("bits + (guard < nearest)", "NOBODY"),
         ("cost < bits + (column < index)", "cost < bits"),
-        ("all > 0 && lane >= all && lane < GUARDS", "false"),
-        ("below = ANYONE;", ";"),
-        ("than = i;", ";"),
-        ("side ? turn | (int)nearest : NAMES | (int)nearest", "turn | (int)nearest"),
+        ("cost < bits + (column < index) && (", "("),
+        ("place >= 0 && cost < bits)", "cost < bits)"),
+        ("place >= 0 && cost < bits + (", "cost < bits + ("),
+        ("Place mine = NONE", "Place mine = 0"),
+        ("? NAMES : turn) |", "? turn : turn) |"),
         ("named != GUARDED && order[named & INDEX] < 0", "false"),
         ("guard != NONE && order[guard] >= 0", "guard != NONE"),
         ("start || must_look(i, order, names, guards)", "start"),

@@ -6,10 +6,10 @@
 // In many data few clusters, light ones, are nearest to nearly all others, and whenever one of them is taken hundreds
 // have lost their nearest. Most need not know the next. Clusters stand in an order, by importance; of a pair, the one that
 // comes first speaks for it. If a cluster has an open one before it that is nearer than all open ones after it, it has no
-// mutual neighbour to speak for, and as costs stay as they are, that holds while the nearer one is open: its guard. A few
-// guards are kept of each, the dearest, which are taken last. Only a cluster that has none names its nearest, which is
-// behind it, and they are a pair unless that one has a nearer other: a guard again. So a row of costs is read again only
-// when all guards were taken, or whom it names.
+// mutual neighbour to speak for, and as costs stay as they are, that holds while the nearer one is open: its guard. Each
+// lane of a warp that reads a row finds one, or none, and of those a few are kept, the dearest, which are taken last. Only
+// a cluster that has none names its nearest, which is behind it, and they are a pair unless that one has a nearer other: a
+// guard again. So a row of costs is read again only when all guards were taken, or whom it names.
 //
 // Set by the launcher: PEERS, GUARDS (kept of each cluster).
 
@@ -18,7 +18,6 @@ constexpr int AT_ONCE = 3;    // chunks that are on their way
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned NOBODY = 0x7f800000u;  // the bits of an infinite cost; those of a pair that is not compared are beyond
-constexpr unsigned ANYONE = 0x80000000u;  // beyond the order of all that are open
 constexpr int KEEPS = -1, GOES = -2, EMPTY = -3;  // instead of their place in the order, of those that are not open
 // Of a cluster: whom it names, with NAMES; of a pair, in which round it was found, by turns; that it has guards of its own;
 // that nobody is left for it.
@@ -68,15 +67,15 @@ __device__ __forceinline__ void some_costs(const float* row, const int* order, i
   }
 }
 
-// The first of the least costs to open clusters behind a place in the order, by a warp.
-__device__ __forceinline__ void first_behind(const float* row, const int* order, int own, int line, unsigned mask,
-                                             unsigned& bits, unsigned& index) {
+// The first of the least costs to open clusters, by a warp.
+__device__ __forceinline__ void find_nearest(const float* row, const int* order, int line, unsigned mask, unsigned& bits,
+                                             unsigned& index) {
   bits = NOBODY;
   index = 0;
 #pragma unroll 1
   for (int start = 0; start < line; start += AT_ONCE * CHUNK)
     some_costs(row, order, start, line, mask, [&](unsigned cost, int place, int column) {
-      if (place > own && cost < bits) {
+      if (place >= 0 && cost < bits) {
         bits = cost;
         index = (unsigned)column;
       }
@@ -84,27 +83,63 @@ __device__ __forceinline__ void first_behind(const float* row, const int* order,
   warp_first(bits, index);
 }
 
-// Open clusters of a row that come before `own` in the order and are nearer than a cost and an index: as many as are kept,
-// the dearest of what each lane has read. From the end of the row on, where those are that came last and are light, and no
-// further than there are enough. Whether there are any; by a warp.
-__device__ __forceinline__ bool find_guards(const float* row, const int* order, unsigned own, unsigned bits, int index,
-                                            int line, unsigned mask, Place* guards) {
-  unsigned dearest = 0, found = NONE, have = 0;
+// The same of open clusters behind a place in the order; and of those before it, for each lane, the nearest it has read.
+__device__ __forceinline__ void look(const float* row, const int* order, int own, int line, unsigned mask,
+                                     unsigned& bits, unsigned& index, unsigned& nearer, unsigned& guard) {
+  bits = nearer = NOBODY;
+  index = guard = 0;
+#pragma unroll 1
+  for (int start = 0; start < line; start += AT_ONCE * CHUNK)
+    some_costs(row, order, start, line, mask, [&](unsigned cost, int place, int column) {
+      if (place > own && cost < bits) {
+        bits = cost;
+        index = (unsigned)column;
+      }
+      if ((unsigned)place < (unsigned)own && cost < nearer) {
+        nearer = cost;
+        guard = (unsigned)column;
+      }
+    });
+  warp_first(bits, index);
+}
+
+// An open cluster for each lane that is nearer in a row than a cost and an index, or NOBODY: the dearest that it has read.
+// From the end of the row on, where those are that came last and are light, and no further than there are enough.
+__device__ __forceinline__ void look_for_guards(const float* row, const int* order, unsigned bits, int index, int line,
+                                                unsigned mask, unsigned& nearer, unsigned& guard) {
+  nearer = NOBODY;
+  guard = 0;
+  unsigned have = 0;
 #pragma unroll 1
   for (int start = (line - 1) / (AT_ONCE * CHUNK) * AT_ONCE * CHUNK; start >= 0 && __popc(have) < GUARDS;
        start -= AT_ONCE * CHUNK) {
     some_costs(row, order, start, line, mask, [&](unsigned cost, int place, int column) {
-      if ((unsigned)place < own && cost < bits + (column < index) && cost >= dearest) {
-        dearest = cost;
-        found = (unsigned)column;
+      if (place >= 0 && cost < bits + (column < index) && (nearer == NOBODY || cost >= nearer)) {
+        nearer = cost;
+        guard = (unsigned)column;
       }
     });
-    have = __ballot_sync(EVERY_LANE, found != NONE);
+    have = __ballot_sync(EVERY_LANE, nearer != NOBODY);
   }
-  const int lane = threadIdx.x % 32, before = __popc(have & ((1u << lane) - 1)), all = __popc(have);
-  if (found != NONE && before < GUARDS) guards[before] = (Place)found;
-  if (all > 0 && lane >= all && lane < GUARDS) guards[lane] = NONE;
-  return all > 0;
+}
+
+// Keeps the dearest of what the lanes have found, unless that is NOBODY. Whether there are any; by a warp.
+__device__ __forceinline__ bool keep(unsigned nearer, unsigned guard, Place* guards) {
+  const unsigned lane = threadIdx.x % 32;
+  unsigned left = NOBODY - 1 - nearer;  // less for what is dearer; ~0u: nothing
+  Place mine = NONE;
+  bool any = false;
+#pragma unroll
+  for (unsigned q = 0; q < GUARDS; q++) {
+    unsigned first = left, which = guard;
+    warp_first(first, which);
+    if (first == ~0u) break;
+    any = true;
+    if (lane == q) mine = (Place)which;
+    if (guard == which) left = ~0u;
+  }
+  if (any && lane < GUARDS) guards[lane] = mine;
+  return any;
 }
 
 // Whether a cluster may have become one of a pair that it speaks for.
@@ -178,21 +213,16 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, con
     __syncthreads();  // list, looking
     for (int k = warp; k < looking; k += WARPS) {
       const int i = list[k];
-      const float* row = costs + (long long)i * line;
-      unsigned bits, nearest;
-      first_behind(row, order, order[i], line, mask, bits, nearest);
-      // In its own row those before it, then, in the row of whom it would name, any.
-      unsigned below = (unsigned)order[i];
-      int than = (int)nearest;
+      unsigned bits, nearest, nearer, guard;
+      look(costs + (long long)i * line, order, order[i], line, mask, bits, nearest, nearer, guard);
+      if (nearer >= bits + (guard < nearest)) nearer = NOBODY;
       int named = GUARDED;
-#pragma unroll 1
-      for (int side = 0; side < 2; side++) {
-        if (find_guards(row, order, below, bits, than, line, mask, guards + i * GUARDS)) break;
-        named = bits == NOBODY ? ALONE : side ? turn | (int)nearest : NAMES | (int)nearest;
-        if (bits == NOBODY) break;
-        row = costs + (long long)nearest * line;
-        below = ANYONE;
-        than = i;
+      if (!keep(nearer, guard, guards + i * GUARDS)) {
+        named = ALONE;
+        if (bits < NOBODY) {
+          look_for_guards(costs + (long long)nearest * line, order, bits, i, line, mask, nearer, guard);
+          named = (keep(nearer, guard, guards + i * GUARDS) ? NAMES : turn) | (int)nearest;
+        }
       }
       if (named & NAMES ? lane == peer : lane < PEERS) tell(names + i, lane, named);
     }
@@ -238,7 +268,7 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, con
     for (int i = warp * PEERS + peer; i < n; i += WARPS * PEERS) {
       if (order[i] < 0) continue;
       unsigned bits, index;
-      first_behind(costs + (long long)i * line, order, -1, line, mask, bits, index);
+      find_nearest(costs + (long long)i * line, order, line, mask, bits, index);
       if (lane == 0) tell(nearest + i, 0, bits < NOBODY ? (int)index : NONE);
     }
     ALL_PEERS();  // nearest
