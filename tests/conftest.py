@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +19,16 @@ from libraries import LIBRARIES, Library
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, print_blob=True)
 settings.register_profile("long", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the processes of a run share the kernels that they compile for the emulation."""
+    from cuda_emulation import FOLDER
+
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="cuda_emulation_")
+        os.environ[FOLDER] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture(params=list(LIBRARIES))

@@ -65,7 +65,7 @@ def test_the_state_does_not_depend_on_the_cut_to_the_last_bit(
 def test_every_library_gives_the_same(library: Library, variant: str) -> None:
     if library.name == "jax" and variant not in ("threshold with a cap", "int8", "corrected"):
         pytest.skip("JAX compiles for every shape; these three touch every operation")
-    n = 40
+    n = 24 if library.name == "jax" else 40
     q, k, v = stream(1, (2,), n)
     mine, reference = (AttentionSketch(window=8, sink=2, **VARIANTS[variant]) for _ in range(2))
     reference.update(k, v, q)

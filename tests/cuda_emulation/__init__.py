@@ -5,8 +5,10 @@ The same launches that a GPU gets, with the addresses of NumPy arrays; see `emul
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -21,7 +23,10 @@ import ml_dtypes
 import numpy as np
 from subgen_cupy._launch import Launch, Module, element, elements, stream_step
 
-__all__ = ["EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
+__all__ = ["FOLDER", "EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
+
+#: Variable of the environment with a folder for what is compiled, if several processes are to share it.
+FOLDER = "CUDA_EMULATION"
 
 _HERE = Path(__file__).parent
 _KERNEL = re.compile(
@@ -40,8 +45,19 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cuda_emulation_")
+
+
+def _made(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder of a name, which is made whole or not at all: another process may make the same."""
+    base = Path(os.environ.get(FOLDER) or _own_folder().name)
+    if not (base / name).exists():
+        made = Path(tempfile.mkdtemp(dir=base))
+        make(made)
+        with contextlib.suppress(OSError):  # the other was faster
+            made.rename(base / name)
+    return base / name
 
 
 def _flags(sanitize: bool) -> list[str]:
@@ -63,23 +79,28 @@ def _compile(*arguments: str) -> None:
 @functools.cache
 def _header(sanitize: bool) -> Path:
     """Folder with the header, compiled in advance: it is most of what there is to read."""
-    folder = Path(tempfile.mkdtemp(dir=_folder().name))
-    header = Path(shutil.copy(_HERE / "emulation.h", folder))
-    _compile(*_flags(sanitize), "-x", "c++-header", str(header), "-o", f"{header}.gch")
-    return folder
+
+    def make(folder: Path) -> None:
+        header = Path(shutil.copy(_HERE / "emulation.h", folder))
+        _compile(*_flags(sanitize), "-x", "c++-header", str(header), "-o", f"{header}.gch")
+
+    return _made(f"header{sanitize:d}", make)
 
 
 def build(source: str, sanitize: bool = False) -> Path:
     """Compile CUDA C++ to a library for ctypes."""
     text = _DYNAMIC.sub(r"EMULATION_DYNAMIC_SHARED(\1, \2);", source)
     exports = "\n".join(f"EMULATION_EXPORT({name})" for name in _KERNEL.findall(source))
-    folder = Path(tempfile.mkdtemp(dir=_folder().name))
-    unit, target = folder / "kernels.cpp", folder / "kernels.so"
     # Lines are counted from the source's first, so that a barrier can be named by its line.
     lines = ['#include "emulation.h"', "using std::min; using std::max;", '#line 1 "kernels.cu"', text, exports]
-    unit.write_text("\n".join(lines) + "\n")
-    _compile(*_flags(sanitize), "-shared", f"-I{_header(sanitize)}", str(unit), "-o", str(target))
-    return target
+    unit = "\n".join(lines) + "\n"
+
+    def make(folder: Path) -> None:
+        (folder / "kernels.cpp").write_text(unit)
+        place = [str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")]
+        _compile(*_flags(sanitize), "-shared", f"-I{_header(sanitize)}", *place)
+
+    return _made(f"{hashlib.sha256(unit.encode()).hexdigest()}{sanitize:d}", make) / "kernels.so"
 
 
 @functools.cache
