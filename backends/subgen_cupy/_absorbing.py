@@ -201,35 +201,33 @@ class Stored:
     nearest: Array | None = None
 
 
-def stored_like(
-    device: Device, dtype: str, dims: tuple[int, int], sizes: tuple[int, int, int, int, int], coded: bool, whole: bool
-) -> Stored:
+def stored_like(device: Device, means: Means, exact: Exact, coded: bool, whole: bool) -> Stored:
     """Return arrays for `settle` to write.
 
     Parameters
     ----------
     device : Device
-    dtype : str
-        Of the tokens.
-    dims : (head_dim, value_dim)
-    sizes : (streams, clusters, exact, window, bands)
+    means : Means
+        As many as will be written, in any form.
+    exact : Exact
     coded : bool
         Whether means are in 8 bits.
     whole : bool
         With counts, and with nearest others.
     """
-    (head_dim, value_dim), (streams, clusters, exact, window, bands) = dims, sizes
+    (streams, places, head_dim), value_dim = exact.keys.shape, exact.values.shape[-1]
+    (clusters, bands), dtype = means.spread.shape[1:], element(exact.keys.dtype)
 
     def codes(n: int, dim: int, scales: str) -> Codes:
         return Codes(device.empty((streams, n, dim), "int8"), device.empty((streams, n), scales))
 
-    places = exact if coded else clusters + exact
+    before = 0 if coded else clusters
     return Stored(
-        keys=device.empty((streams, places, head_dim), dtype),
-        values=device.empty((streams, places, value_dim), dtype),
+        keys=device.empty((streams, before + places, head_dim), dtype),
+        values=device.empty((streams, before + places, value_dim), dtype),
         spread=device.empty((streams, clusters, bands), dtype),
         importance=device.empty((streams, clusters), dtype),
-        queries=codes(window, head_dim, "float32"),
+        queries=codes(places - exact.sink, head_dim, "float32"),
         key_codes=codes(clusters, head_dim, dtype) if coded else None,
         value_codes=codes(clusters, value_dim, dtype) if coded else None,
         counts=device.empty((streams, clusters), "int32") if whole else None,
@@ -242,10 +240,7 @@ def settle(device: Device, means: Means, exact: Exact, leave: int, dithers: Dith
 
     Means are in float32, tokens in one dtype of up to 32 bits.
     """
-    (streams, places, head_dim), (clusters, bands) = exact.keys.shape, means.spread.shape[1:]
-    sizes = (streams, clusters, places, exact.queries.codes.shape[1], bands)
-    dims = (head_dim, exact.values.shape[-1])
-    new = stored_like(device, element(exact.keys.dtype), dims, sizes, coded, whole=False)
+    new = stored_like(device, means, exact, coded, whole=False)
     settle_into(device, new, means, exact, leave, dithers)
     names = ("keys", "values", "spread", "importance", "key_codes", "value_codes", "queries")
     return Settled(**{name: getattr(new, name) for name in names})

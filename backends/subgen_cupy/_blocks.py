@@ -14,7 +14,7 @@ from subgen.merging import Means
 from subgen.rounding import Codes
 
 from ._absorbing import Stored, Turns, collect, key_moment, query_moment, settle_into, stored_like
-from ._launch import Array, Device, Launch, element
+from ._launch import Array, Device, Launch
 from ._merging import shrink
 
 __all__ = ["FEWEST_TURNS", "Recorder", "absorb_blocks"]
@@ -98,16 +98,9 @@ class Recorder:
         return given
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A sketch as it is stored, and its parts as the kernels are given them."""
-
-    means: Means
-    exact: Exact
-
-
-def _parts(stored: Stored, clusters: int, remember: bool, asked: tuple[bool, ...]) -> _Held:
-    mean_keys, mean_values, keys, values = means_and_exact(stored, clusters)
+def _parts(stored: Stored, clusters: int, remember: bool, asked: tuple[bool, ...]) -> tuple[Means, Exact]:
+    """Return the parts of a sketch as the kernels are given them."""
+    mean_keys, mean_values, exact = means_and_exact(stored, clusters, asked)
     means = Means(
         mean_keys,
         mean_values,
@@ -116,7 +109,7 @@ def _parts(stored: Stored, clusters: int, remember: bool, asked: tuple[bool, ...
         stored.importance,
         nearest=stored.nearest if remember else None,
     )
-    return _Held(means, Exact(keys, values, stored.queries, asked))
+    return means, exact
 
 
 def absorb_blocks(
@@ -144,28 +137,25 @@ def absorb_blocks(
     -------
     subgen.blocks.Turned
     """
-    (streams, places, head_dim), (clusters, bands) = exact.keys.shape, held.spread.shape[1:]
-    dtype, sizes = element(exact.keys.dtype), (streams, clusters, places, places - exact.sink, bands)
-    asked, remember = tokens.queries is not None, held.nearest is not None
-    dims, coded = (head_dim, exact.values.shape[-1]), isinstance(held.keys, Codes)
-    sets = [stored_like(device, dtype, dims, sizes, coded, whole=True) for _ in range(2)]
+    asked, remember, clusters = tokens.queries is not None, held.nearest is not None, held.counts.shape[1]
+    sets = [stored_like(device, held, exact, isinstance(held.keys, Codes), whole=True) for _ in range(2)]
     tokens = _packed(device, tokens)
     table = device.upload(np.array([_numbers(turn) for turn in turns]))
     counters = device.upload(np.zeros(2, dtype=np.int64))
 
-    def turn(device: Device, held: _Held, new: Stored, odd: bool) -> None:
+    def turn(device: Device, held: Means, exact: Exact, new: Stored, odd: bool) -> None:
         at = Turns(table, counters, odd)
-        keys, values = held.exact.window
-        metric = query_moment(device, held.exact.queries, keys.shape[1]) if asked else key_moment(device, keys, scale)
-        pool, unit = collect(device, held.means, keys, values, leave, turns=at)
+        keys, values = exact.window
+        metric = query_moment(device, exact.queries, keys.shape[1]) if asked else key_moment(device, keys, scale)
+        pool, unit = collect(device, held, keys, values, leave, turns=at)
         merged, _ = shrink(device, pool, metric, unit, clusters, clusters)
-        settle_into(device, new, merged, held.exact, leave, turns=at, coming=tokens)
+        settle_into(device, new, merged, exact, leave, turns=at, coming=tokens)
 
-    turn(device, _Held(held, exact), sets[0], False)
+    turn(device, held, exact, sets[0], False)
     recorder = Recorder(device)
-    turn(recorder, _parts(sets[0], clusters, remember, exact.asked), sets[1], True)
+    turn(recorder, *_parts(sets[0], clusters, remember, exact.asked), sets[1], True)
     first = list(recorder.launches)
-    turn(recorder, _parts(sets[1], clusters, remember, exact.asked), sets[0], False)
+    turn(recorder, *_parts(sets[1], clusters, remember, exact.asked), sets[0], False)
     replay = device.replayed(recorder.launches)
     pairs, one_more = divmod(len(turns) - 3, 2)
     for _ in range(pairs):

@@ -73,22 +73,6 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
     return join(held, leaving), value_scale(values)
 
 
-def means_and_exact(stored: Any, clusters: int) -> tuple[Array, Array, Array, Array]:
-    """Return the means of keys and of values, as they are stored, and the exact ones with the room behind them.
-
-    Parameters
-    ----------
-    stored : Settled
-        Or anything else that has its keys and values, and codes of the means or None.
-    clusters : int
-        Means that there are, before the exact tokens if they are no codes.
-    """
-    keys, values = stored.keys, stored.values
-    if stored.key_codes is not None:
-        return stored.key_codes, stored.value_codes, keys, values
-    return keys[:, :clusters, :], values[:, :clusters, :], keys[:, clusters:, :], values[:, clusters:, :]
-
-
 def widened(means: Means, wide: object) -> Means:
     """Cast what is stored to the dtype to compute in; counts, leaders and nearest others stay."""
     xp = array_namespace(means.counts)
@@ -161,6 +145,25 @@ class Settled:
     key_codes: Codes | None
     value_codes: Codes | None
     queries: Codes
+
+
+def means_and_exact(stored: Any, clusters: int, asked: tuple[bool, ...]) -> tuple[Any, Any, Exact]:
+    """Return the means of keys and of values, as they are stored, and the exact tokens.
+
+    Parameters
+    ----------
+    stored : Settled
+        Or anything else that has its keys, values and queries, and codes of the means or None.
+    clusters : int
+        Means that there are, before the exact tokens if they are no codes.
+    asked : tuple of bool
+        Which tokens in the window came with queries.
+    """
+    keys, values = stored.keys, stored.values
+    if stored.key_codes is not None:
+        return stored.key_codes, stored.value_codes, Exact(keys, values, stored.queries, asked)
+    exact = Exact(keys[:, clusters:, :], values[:, clusters:, :], stored.queries, asked)
+    return keys[:, :clusters, :], values[:, :clusters, :], exact
 
 
 def settle(means: Means, exact: Exact, leave: int, dithers: Dithers, coded: bool) -> Settled:

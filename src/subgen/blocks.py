@@ -115,8 +115,7 @@ def absorb_blocks(
             values=ops.write(settled.values, place, tokens.values[:, part, :]),
             queries=queries,
         )
-        mean_keys, mean_values, keys, values = means_and_exact(settled, clusters)
-        exact = Exact(keys, values, queries, exact.asked)
+        mean_keys, mean_values, exact = means_and_exact(settled, clusters, exact.asked)
         held = Means(
             mean_keys,
             mean_values,

@@ -124,8 +124,7 @@ class MeansState:
     @property
     def exact(self) -> Exact:
         """The exact tokens and the room behind them."""
-        keys, values = (x[:, self.n_means :, :] for x in (self.keys, self.values))
-        return Exact(keys, values, self.queries, self.asked)
+        return means_and_exact(self, self.n_means, self.asked)[2]
 
 
 @dataclass(frozen=True)
@@ -523,7 +522,7 @@ class ClusterMeans:
 
     def stored(self, state: MeansState) -> Means:
         """Return the clusters as they are stored."""
-        keys, values, _, _ = means_and_exact(state, state.n_means)
+        keys, values, _ = means_and_exact(state, state.n_means, state.asked)
         return Means(keys, values, state.counts, state.spread, state.importance, state.leaders, state.nearest)
 
     def means(self, state: MeansState, wide: object) -> Means:
