@@ -23,9 +23,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let the processes of a run share the kernels that they compile for the emulation."""
-    from cuda_emulation import FOLDER
-
     if not hasattr(config, "workerinput"):
+        from cuda_emulation import FOLDER
+
         folder = tempfile.TemporaryDirectory(prefix="cuda_emulation_")
         os.environ[FOLDER] = folder.name
         config.add_cleanup(folder.cleanup)

@@ -221,7 +221,7 @@ WRONG: dict[str, tuple[Callable[[EmulatedDevice], list[Any]], list[tuple[str, st
         ("bits + (guard < nearest)", "NOBODY"),
         ("cost < bits + (column < index)", "cost < bits"),
         ("cost < bits + (column < index) && (", "("),
-        ("place >= 0 && cost < bits)", "cost < bits)"),
+        ("order, -1, line", "order, order[i], line"),
         ("place >= 0 && cost < bits + (", "cost < bits + ("),
         ("Place mine = NONE", "Place mine = 0"),
         ("? NAMES : turn) |", "? turn : turn) |"),

@@ -67,23 +67,8 @@ __device__ __forceinline__ void some_costs(const float* row, const int* order, i
   }
 }
 
-// The first of the least costs to open clusters, by a warp.
-__device__ __forceinline__ void find_nearest(const float* row, const int* order, int line, unsigned mask, unsigned& bits,
-                                             unsigned& index) {
-  bits = NOBODY;
-  index = 0;
-#pragma unroll 1
-  for (int start = 0; start < line; start += AT_ONCE * CHUNK)
-    some_costs(row, order, start, line, mask, [&](unsigned cost, int place, int column) {
-      if (place >= 0 && cost < bits) {
-        bits = cost;
-        index = (unsigned)column;
-      }
-    });
-  warp_first(bits, index);
-}
-
-// The same of open clusters behind a place in the order; and of those before it, for each lane, the nearest it has read.
+// The first of the least costs to open clusters behind a place in the order, by a warp; and of those before it, for each
+// lane, the nearest that it has read.
 __device__ __forceinline__ void look(const float* row, const int* order, int own, int line, unsigned mask,
                                      unsigned& bits, unsigned& index, unsigned& nearer, unsigned& guard) {
   bits = nearer = NOBODY;
@@ -267,8 +252,8 @@ match_pairs(const float* __restrict__ costs, const int* __restrict__ counts, con
     ALL_PEERS();  // the first peer has read cheap
     for (int i = warp * PEERS + peer; i < n; i += WARPS * PEERS) {
       if (order[i] < 0) continue;
-      unsigned bits, index;
-      find_nearest(costs + (long long)i * line, order, line, mask, bits, index);
+      unsigned bits, index, nearer, guard;
+      look(costs + (long long)i * line, order, -1, line, mask, bits, index, nearer, guard);  // all are behind that
       if (lane == 0) tell(nearest + i, 0, bits < NOBODY ? (int)index : NONE);
     }
     ALL_PEERS();  // nearest
