@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 Array = Any
@@ -21,6 +22,11 @@ class Library:
 
     def __repr__(self) -> str:
         return self.name
+
+    @property
+    def compiles(self) -> bool:
+        """Say if it compiles every operation for every shape, which takes far longer than what is tested."""
+        return self.name == "jax"
 
     def array(self, x: Any) -> Array:
         """Make an array of this library from NumPy's."""
@@ -38,6 +44,12 @@ LIBRARIES = {
     }.items()
 }
 NUMPY = LIBRARIES["numpy"]
+
+
+def skip_compiling(library: Library) -> None:
+    """Skip a library that compiles: other tests show the same operations on it in fewer shapes."""
+    if library.compiles:
+        pytest.skip(f"{library.name} compiles for every shape")
 
 
 def to_numpy(x: Array) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import subgen_numpy._merging
-from libraries import LIBRARIES, Library, to_numpy
+from libraries import LIBRARIES, Library, skip_compiling, to_numpy
 
 import subgen
 from subgen import backends
@@ -325,8 +325,7 @@ def test_a_long_block_is_what_it_is_token_by_token(
 ) -> None:
     """Half a window after the other, with one token over at the end."""
     pytest.importorskip(library.module)
-    if library.name == "jax":
-        pytest.skip("JAX compiles for every shape")
+    skip_compiling(library)
     monkeypatch.setattr(subgen.means, "FEW_CLUSTERS", few)
     calls = []
     ops = backends.operations_for(library.array(np.zeros(1, np.float32)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libraries import NUMPY, Library, to_numpy
+from libraries import NUMPY, Library, skip_compiling, to_numpy
 
 import subgen.means
 from subgen import AttentionSketch, attention
@@ -63,8 +63,8 @@ def assert_same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize(("shape", "group"), [((), 1), ((2,), 3), ((2, 2), 1)])
 def test_exact_attention_while_nothing_is_merged(library: Library, shape: tuple[int, ...], group: int) -> None:
-    if library.name == "jax" and group == 1:
-        pytest.skip("JAX compiles for every shape")
+    if group == 1:
+        skip_compiling(library)
     q, k, v = stream(0, shape, 30, group=group)
     sketch = AttentionSketch(max_clusters=20, window=8, sink=4)
     mine = [library.array(x) for x in (q, k, v)]
@@ -104,7 +104,7 @@ def test_the_state_does_not_depend_on_the_cut_to_the_last_bit(
 
 
 def test_other_libraries_do_not_depend_on_the_cut_either(library: Library) -> None:
-    n = 24 if library.name == "jax" else 120
+    n = 24 if library.compiles else 120
     q, k, v = (library.array(x) for x in stream(1, (2,), n))
     sketches = [AttentionSketch(5, window=8, sink=2) for _ in range(2)]
     sketches[0].update(k, v, q)
@@ -294,8 +294,7 @@ def test_what_nothing_merged_in_remembers_what_it_did(library: Library) -> None:
 @pytest.mark.parametrize("window", [2, 30])
 def test_many_clusters_remember_others_that_live_whatever_the_cut(library: Library, window: int) -> None:
     """All but those that merged last do; a window of two absorbs a token at a time."""
-    if library.name == "jax":
-        pytest.skip("JAX compiles for every shape")
+    skip_compiling(library)
     n = FEW_CLUSTERS + (50 if window == 2 else 250)
     q, k, v = (library.array(x) for x in stream(3, (1,), n))
     states = []

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libraries import NUMPY, Library, to_numpy
+from libraries import NUMPY, Library, skip_compiling, to_numpy
 from test_budgets import VARIANTS
 from test_means import arrays, assert_same, stream
 
@@ -187,9 +187,9 @@ def test_queries_of_an_exact_stream_are_kept() -> None:
 
 @pytest.mark.parametrize("kind", ["default", "threshold with a cap", "everything", "corrected", "paper"])
 def test_every_library_gives_the_same(library: Library, kind: str) -> None:
-    if library.name == "jax" and kind not in ("default", "paper"):
-        pytest.skip("JAX compiles for every shape")
-    sizes = (16, 8) if (library.name, kind) == ("jax", "paper") else (40, 32)
+    if kind not in ("default", "paper"):
+        skip_compiling(library)
+    sizes = (16, 8) if library.compiles and kind == "paper" else (40, 32)
     q, k, v = stream(1, (2,), sum(sizes))
 
     def merged(of: Library) -> AttentionSketch:

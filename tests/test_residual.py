@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import Library, to_numpy
+from libraries import Library, skip_compiling, to_numpy
 
 from subgen import AttentionSketch, attention
 from subgen.files import sample
@@ -84,9 +84,10 @@ def test_the_error_shrinks_with_the_sample() -> None:
 
 
 def test_nothing_is_missing_while_nothing_is_merged(library: Library) -> None:
+    skip_compiling(library)
     n = 40
     q, k, v = (library.array(x) for x in crowd(2, n))
-    for clusters in (5,) if library.name == "jax" else (40, 5):  # JAX compiles for every shape
+    for clusters in (40, 5):
         sketch = AttentionSketch(clusters, window=8, sink=2, residual_samples=7)
         sketch.update(k, v, q)
         output, error, lse = sketch.attend(q, return_error=True, return_logsumexp=True)
