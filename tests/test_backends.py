@@ -239,7 +239,7 @@ def test_what_is_settled_is_new_and_the_same_in_every_library(library: Library, 
     codes, scales = rng.integers(-127, 128, size=(2, window, d)).astype(np.int8), rng.random((2, window), np.float32)
     dithers = Dithers(*(dither(1, purpose, 9) for purpose in range(4)))
     tokens = Exact(keys, values, Codes(codes, scales), (True,) * window)
-    given = Exact(*map(library.array, (keys, values)), Codes(*map(library.array, (codes, scales))), tokens.asked)
+    given = tokens.each(library.array)
     settle = backends.operations_for(given.keys).settle
     got = settle(means.each(library.array), given, leave, dithers, coded)
     clusters = 0 if coded else 5
@@ -277,7 +277,7 @@ def test_a_token_is_written_and_answered_alike_in_every_library(library: Library
         empty.state,  # type: ignore[type-var]
         **{name: library.array(x) for name, x in (("keys", keys), ("values", values), ("counts", counts))},
         spread=library.array(spread),
-        queries=Codes(library.array(codes), library.array(scales)),
+        queries=Codes(codes, scales).each(library.array),
         n_exact=n_exact,
         n_seen=n_seen,
     )
@@ -398,7 +398,7 @@ def test_attention_over_clusters_in_8_bits_is_that_over_what_the_codes_say(
     pairs = [np.concatenate([mean, x.astype(np.float32)], axis=1) for mean, x in zip(means, (k, v), strict=True)]
     expected = PORTABLE["sketch_attention"](q, *pairs, counts, spread, causal)
     arrays = tuple(map(library.array, (q, k, v, counts, spread)))
-    given = [Codes(library.array(of.codes), library.array(of.scales)) for of in codes]
+    given = [of.each(library.array) for of in codes]
     got = backend.operations["coded_attention"](*arrays, *given, causal, backends.operations_for(arrays[0]))
     for mine, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(to_numpy(mine), theirs, rtol=2e-5, atol=2e-6)

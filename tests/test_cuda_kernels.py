@@ -127,7 +127,7 @@ def coded(rng: np.random.Generator, n: int, dim: int, dtype: str) -> Codes:
 
 def put_codes(lab: Lab, x: Any) -> Any:
     """Arrays, or codes, of a lab."""
-    return Codes(lab.put(x.codes), lab.put(x.scales)) if isinstance(x, Codes) else lab.put(x)
+    return x.each(lab.put) if isinstance(x, Codes) else lab.put(x)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -273,7 +273,7 @@ def token_case(
     held = Token(
         *map(lab.put, (*buffers, counts, spread)),
         *(put_codes(lab, coded(rng, clusters, dim, dtype)) if in_8_bits else None for dim in dims),
-        Codes(lab.put(codes), lab.put(scales.astype(np.float32))),
+        Codes(codes, scales.astype(np.float32)).each(lab.put),
         n_means,
         n_exact,
         n_seen,
@@ -323,7 +323,7 @@ def test_a_token_is_taken_in_and_answered(
     keys, values = (lab.get(x)[:, :used].astype(np.float64) for x in (decoded.keys, decoded.values))
     if held.key_codes is not None and held.value_codes is not None:
         keys, values = (
-            np.concatenate([dequantize(Codes(lab.get(of.codes), lab.get(of.scales)), np.float64), x], axis=1)
+            np.concatenate([dequantize(of.each(lab.get), np.float64), x], axis=1)
             for of, x in ((held.key_codes, keys), (held.value_codes, values))
         )
     expected, _ = written_out(wide, keys, values, np.concatenate(weights, axis=-1))
@@ -781,7 +781,7 @@ def test_the_metric_is_the_portable_one(lab: Lab, window: int, asked: int, dim: 
     # Powers of two and whole numbers: sums are exact, but for the ridge.
     scales = 2.0 ** rng.integers(-1, 2, size=(2, window)).astype(np.float32)
     keys = rng.normal(size=(2, asked, dim)).astype(np.float32)
-    got = _absorbing.query_moment(lab.device, Codes(lab.put(codes), lab.put(scales)), asked)
+    got = _absorbing.query_moment(lab.device, Codes(codes, scales).each(lab.put), asked)
     expected = PORTABLE["query_moment"](keys, Codes(codes, scales), (True,) * asked, None)
     np.testing.assert_allclose(lab.get(got), expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
     np.testing.assert_array_equal(lab.get(got), lab.get(got).swapaxes(1, 2))
@@ -825,7 +825,7 @@ def test_clusters_are_rounded_and_tokens_move_up_as_in_the_portable_code(
     )
     dithers = Dithers(*(dither(3, purpose, 77) for purpose in range(4)))
     exact = Exact(keys, values, queries, (True,) * window)
-    given = exact.each(lambda x: put_codes(lab, x))
+    given = exact.each(lab.put)
     got = _absorbing.settle(lab.device, means.each(lab.put), given, leave, dithers, coded)
     pytest.importorskip("torch")
     expected = settled_by_torch(means, exact, leave, dithers, coded, stored)
@@ -848,8 +848,6 @@ def settled_by_torch(
     import torch
 
     def put(x: Any) -> Any:
-        if isinstance(x, Codes):
-            return Codes(put(x.codes), put(x.scales))
         tensor = torch.from_numpy(wide(x) if x.dtype == DTYPES["bfloat16"] else x)
         return tensor.to(torch.bfloat16) if x.dtype == DTYPES["bfloat16"] else tensor
 

@@ -10,7 +10,6 @@ from subgen._array import Array, array_namespace
 from subgen._checks import check_scale
 from subgen.backends import operations_for
 from subgen.means import ClusterMeans, MeansState, own_copy
-from subgen.rounding import Codes
 from subgen.sketch import Layout
 from subgen.tail import Tail
 from subgen.weighted import unfold_groups
@@ -199,10 +198,7 @@ def _alone(state: MeansState) -> MeansState:
     def copied(x: Array) -> Array:
         return xp.asarray(x, copy=True)
 
-    codes = (
-        None if x is None else Codes(copied(x.codes), copied(x.scales)) for x in (state.key_codes, state.value_codes)
-    )
-    key_codes, value_codes = codes
+    key_codes, value_codes = (None if x is None else x.each(copied) for x in (state.key_codes, state.value_codes))
     return replace(
         own_copy(state, 0),
         counts=copied(state.counts),

@@ -33,7 +33,7 @@ _SHARED = (Tensor, Means, Exact, Codes)
 def shared(x: Any) -> Any:
     """Return arrays over the memory of a tensor, of `Means`, of `Exact` tokens or of `Codes`."""
     if not isinstance(x, Tensor):
-        return Codes(shared(x.codes), shared(x.scales)) if isinstance(x, Codes) else x.each(shared)
+        return x.each(shared)
     if x.requires_grad:  # detaching takes as long as all else here, and what a token needs is mostly plain
         x = x.detach()
     # NumPy has no bfloat16: its backend knows the words.
@@ -44,10 +44,8 @@ def to_torch(x: Any) -> Any:
     """Return tensors over the memory of an array, of `Means` or of `Codes`; None stays."""
     if x is None:
         return None
-    if isinstance(x, Means):
+    if isinstance(x, (Means, Codes)):
         return x.each(to_torch)
-    if isinstance(x, Codes):
-        return Codes(to_torch(x.codes), to_torch(x.scales))
     return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == BFLOAT16 else torch.from_numpy(x)
 
 

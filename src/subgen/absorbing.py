@@ -130,8 +130,8 @@ class Exact:
         return self.keys[:, self.sink :, :], self.values[:, self.sink :, :]
 
     def each(self, function: Callable[[Any], Any]) -> Exact:
-        """Apply a function to the keys, the values and the queries."""
-        return Exact(function(self.keys), function(self.values), function(self.queries), self.asked)
+        """Apply a function to every array."""
+        return Exact(function(self.keys), function(self.values), self.queries.each(function), self.asked)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def settle(means: Means, exact: Exact, leave: int, dithers: Dithers, coded: bool
         New arrays: room is written in place.
     """
     xp = array_namespace(exact.keys)
-    dtype, sink, queries = exact.keys.dtype, exact.sink, exact.queries
+    dtype, sink = exact.keys.dtype, exact.sink
 
     def moved_up(x: Array, first: int) -> list[Array]:
         return [x[:, :first, ...], x[:, first + leave :, ...], xp.zeros_like(x[:, :leave, ...])]
@@ -210,7 +210,7 @@ def settle(means: Means, exact: Exact, leave: int, dithers: Dithers, coded: bool
         importance=round_to(means.importance, dtype, dithers.importance),
         key_codes=key_codes,
         value_codes=value_codes,
-        queries=Codes(queue(queries.codes), queue(queries.scales)),
+        queries=exact.queries.each(queue),
     )
 
 

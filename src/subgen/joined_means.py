@@ -18,7 +18,6 @@ from .means import RESIDUAL_DRAWS, ClusterMeans, MeansState, early_weight, own_c
 from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
 from .residual import Residual, join_samples
-from .rounding import Codes
 
 __all__ = ["join_means"]
 
@@ -193,7 +192,7 @@ def _replay(method: ClusterMeans, state: MeansState, second: MeansState, heads: 
             # What becomes a sink keeps no query.
             skip = min(end - start, max(0, method.sink - state.n_exact))
             mine = slice(start + skip - window, end - window)
-            codes = Codes(second.queries.codes[:, mine, :], second.queries.scales[:, mine])
+            codes = second.queries.part(mine)
         state = method.append(state, second.keys[:, start:end, :], second.values[:, start:end, :], codes, ops)
         start = end
     return state

@@ -321,7 +321,7 @@ class ClusterMeans:
         if codes is not None:
             skip = min(size, max(0, self.sink - filled))  # sinks, which keep no query
             mine = slice(start + skip, part.stop)
-            codes = Codes(codes.codes[:, mine, :], codes.scales[:, mine])
+            codes = codes.part(mine)
         return self.append(state, keys[:, part, :], values[:, part, :], codes, ops), part
 
     def make_room(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
@@ -552,11 +552,15 @@ def claimed(state: MeansState, size: int) -> MeansState:
 def own_copy(state: MeansState, filled: int) -> MeansState:
     """Copy what is written into, up to ``filled``: another state has written behind this one."""
     xp = array_namespace(state.keys)
+
+    def copied(x: Array) -> Array:
+        return xp.asarray(x, copy=True)
+
     return replace(
         state,
-        keys=xp.asarray(state.keys, copy=True),
-        values=xp.asarray(state.values, copy=True),
-        queries=Codes(xp.asarray(state.queries.codes, copy=True), xp.asarray(state.queries.scales, copy=True)),
+        keys=copied(state.keys),
+        values=copied(state.values),
+        queries=state.queries.each(copied),
         tail=Tail(filled),
     )
 
@@ -589,9 +593,7 @@ def clear_room(state: MeansState) -> MeansState:
 
 
 def _part(keys: Array, values: Array, codes: Codes | None, part: slice) -> Tokens:
-    if codes is not None:
-        codes = Codes(codes.codes[:, part, :], codes.scales[:, part])
-    return Tokens(keys[:, part, :], values[:, part, :], codes)
+    return Tokens(keys[:, part, :], values[:, part, :], None if codes is None else codes.part(part))
 
 
 def early_weight(n_seen: Any) -> Any:

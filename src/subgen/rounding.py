@@ -7,8 +7,10 @@ loses it every time, and the mean stands still. Dithered by one such unit, the r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -105,6 +107,14 @@ class Codes:
 
     codes: Array
     scales: Array
+
+    def each(self, function: Callable[[Any], Any]) -> Codes:
+        """Apply a function to both arrays."""
+        return Codes(function(self.codes), function(self.scales))
+
+    def part(self, places: slice) -> Codes:
+        """Return the vectors in some places."""
+        return self.each(lambda x: x[:, places, ...])
 
 
 def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
