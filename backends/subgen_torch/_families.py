@@ -42,6 +42,9 @@ def layer_kinds(config: Any) -> list[int | None]:
         "kv_lora_rank": "caches latents from which keys are made after the cache (MLA)",
         "attn_logit_softcapping": "caps its logits",
         "num_kv_shared_layers": "shares keys and values between layers",
+        "cross_attention_layers": "attends to images in layers of their own, which cache no tokens (cross-attention)",
+        "keep_window_size": "masks keys by what all cached values say (dynamic mask)",
+        "lambda_std_dev": "takes the difference of two attentions to other halves of the cached values",
     }
     for name, reason in reasons.items():
         if getattr(text, name, None):

@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-__all__ = ["subgen_attention", "subgen_mask"]
+from ._call import HandOver
+
+__all__ = ["SketchLength", "subgen_attention", "subgen_mask"]
+
+# Shape, behind the rows, of what stands for a mask that a sketch cannot have.
+_OTHER_MASK = (0, 0, 0)
 
 # What changes attention in ways that neither a sketch nor torch's kernel offers: parameter of the attention function,
 # and its name for a reader.
@@ -26,44 +31,33 @@ _UNSUPPORTED_BY_SKETCHES = {
 }
 
 
-class _MaskRecipe:
-    """What the mask function was told: the plain mask is made from it only where a layer needs one."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self._arguments = arguments
-        self._made: tuple[Tensor | None] | None = None
-
-    @property
-    def causal(self) -> bool:
-        """Whether it is causality and padding, and nothing else."""
-        return self._arguments.get("mask_function", causal_mask_function) is causal_mask_function
-
-    def plain(self) -> Tensor | None:
-        """Make the four-dimensional mask, once for all layers."""
-        if self._made is None:
-            self._made = (sdpa_mask(**self._arguments),)
-        return self._made[0]
+class SketchLength(int):
+    """The number of tokens behind a mask, where they are in a sketch: `subgen_mask` knows a `SubGenCache` by it."""
 
 
-@torch.compiler.disable
-def subgen_mask(batch_size: int, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """Hand the padding mask on as it is, whatever the length of a layer's cache, and how to make the plain mask.
+def subgen_mask(batch_size: int, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Make the mask of plain attention; for a sketch, hand the padding mask on as it is.
 
     Returns
     -------
-    bool Tensor, shape (rows, tokens so far)
-        Or (rows, 0) without padding.
+    Tensor or None
+        That of transformers' "sdpa", made at once: what it depends on, such as the length of a `StaticCache`, changes
+        in place. For a sketch bool, of shape (rows, tokens so far), or (rows, 0) without padding.
     """
     if args:
         raise TypeError(f"the mask function takes keyword arguments, as transformers passes them; got {len(args)} more")
+    if not isinstance(kwargs.get("kv_length"), SketchLength):
+        made: Tensor | None = sdpa_mask(batch_size=batch_size, attention_mask=attention_mask, **kwargs)
+        return made
+    # A tensor of its own: what is read from it is noted on it.
+    device = kwargs.get("device", "cpu")
+    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        # Whether a layer uses it is not known yet; attention refuses this shape.
+        return torch.empty(batch_size, *_OTHER_MASK, dtype=torch.bool, device=device)
     if attention_mask is None:
-        carrier = torch.empty(batch_size, 0, dtype=torch.bool)
-    else:
-        carrier = attention_mask.bool()
-        carrier = carrier.view(carrier.shape)
-    arguments = {"batch_size": batch_size, "attention_mask": attention_mask, **kwargs}
-    carrier._subgen_mask = _MaskRecipe(arguments)
-    return carrier
+        return torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+    mask = attention_mask.bool()
+    return mask.view(mask.shape)
 
 
 @torch.compiler.disable
@@ -104,46 +98,45 @@ def subgen_attention(
     ValueError
         If the model wants an attention that cannot be answered.
     """
-    layer = getattr(key, "_subgen_layer", None)
-    recipe = getattr(attention_mask, "_subgen_mask", None)
-    _refuse(_UNSUPPORTED if layer is None else _UNSUPPORTED_BY_SKETCHES, kwargs, module)
-    if layer is None:
-        if recipe is not None:
-            attention_mask = recipe.plain()
-            if attention_mask is None and recipe.causal:
-                kwargs.pop("is_causal", None)  # some models tell it from whether there is a mask, and saw ours
-        elif attention_mask is not None and attention_mask.ndim == 2:
-            raise ValueError(
-                "the padding mask lost what was noted on it on its way through the model (a copy to another device "
-                "does that): without a SubGenCache use attn_implementation='sdpa' here"
-            )
+    handed: HandOver | None = getattr(key, "_subgen_layer", None)
+    if handed is None:
+        _refuse(_UNSUPPORTED, kwargs, module)
         plain: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    try:
+        _refuse_for_sketches(module, attention_mask, dropout, kwargs)
+        mask = attention_mask if attention_mask is not None and attention_mask.shape[1] else None
+        factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        with torch.no_grad():
+            out = handed.attend(query.detach(), key.detach(), value.detach(), mask, factor)
+            out = out.transpose(1, 2).contiguous()
+    except BaseException:
+        handed.abandon()
+        raise
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = _NoGradient.apply(out, query)
+    return out, None
+
+
+def _refuse_for_sketches(module: torch.nn.Module, mask: Tensor | None, dropout: float, given: dict[str, Any]) -> None:
+    _refuse(_UNSUPPORTED_BY_SKETCHES, given, module)
     if not getattr(module, "is_causal", True):
         raise ValueError("a SubGenCache answers causal attention; this layer is not causal")
-    if recipe is not None and not recipe.causal:
+    if mask is not None and mask.shape[1:] == _OTHER_MASK:
         raise ValueError(
             "the model asks for another mask than causality and padding (packed sequences, blocks that see each "
             "other, ...), which a SubGenCache does not have: use the model's own cache"
         )
-    if attention_mask is not None and attention_mask.ndim != 2:
+    if mask is not None and mask.ndim != 2:
         raise ValueError(
-            f"a SubGenCache takes an attention_mask of two dimensions, (rows, tokens); got "
-            f"{tuple(attention_mask.shape)}. If it was not yours, this family makes masks of its own and cannot use a "
-            f"SubGenCache in this release of transformers"
+            f"a SubGenCache takes an attention_mask of two dimensions, (rows, tokens); got {tuple(mask.shape)}. If it "
+            f"was not yours, this family makes masks of its own and cannot use a SubGenCache in this release of "
+            f"transformers"
         )
-    if kwargs.get("output_attentions"):
+    if given.get("output_attentions"):
         raise ValueError("a SubGenCache has no attention weights to return: set output_attentions=False")
     if module.training and dropout:
         raise ValueError("a SubGenCache is for inference, and this model drops attention: call model.eval() first")
-    mask = attention_mask if attention_mask is not None and attention_mask.shape[1] else None
-    factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    with torch.no_grad():
-        out = layer.attend(query.detach(), key.detach(), value.detach(), mask, factor)
-        out = out.transpose(1, 2).contiguous()
-    if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoGradient.apply(out, query)
-    return out, None
 
 
 def _refuse(names: dict[str, str], given: dict[str, Any], module: torch.nn.Module) -> None:

@@ -143,15 +143,17 @@ class Lanes:
         parts = self._parts(block)
         return _gather([(index, causal_attention(p.queries, p.keys, p.values, scale)) for index, _, p in parts], block)
 
-    def select(self, indices: list[int]) -> None:
-        """Pick rows of the batch, in this order; they may repeat."""
+    def select(self, indices: list[int]) -> Lanes:
+        """Return the lanes of some rows of the batch, in this order; they may repeat. These lanes stay as they are."""
         place = {row: (lane, local) for lane in self._lanes for local, row in enumerate(lane.rows)}
         picked = []
         for lane in self._lanes:
             rows = [new for new, old in enumerate(indices) if place[old][0] is lane]
             if rows:
                 picked.append(lane.pick([place[indices[new]][1] for new in rows], rows))
-        self._lanes = picked
+        other = Lanes(self._make)
+        other._lanes = picked
+        return other
 
     def _split(self, block: Block) -> tuple[int, ...]:
         """Split the lanes by the number of real tokens their rows get next; return these numbers."""
@@ -205,10 +207,10 @@ def _pick_real(block: Block, rows: tuple[int, ...], count: int) -> tuple[Tensor 
     if count == n and rows == tuple(range(total)):
         return None, block
     if block.valid is None or count == n:
-        columns = torch.arange(n).expand(len(rows), n)
+        columns = torch.arange(n, device="cpu").expand(len(rows), n)
     else:
         columns = block.valid.positions(list(rows))
-    index = (torch.tensor(rows)[:, None] * n + columns).to(block.keys.device)
+    index = (torch.tensor(rows, device="cpu")[:, None] * n + columns).to(block.keys.device)
 
     def pick(x: Tensor) -> Tensor:
         flat = x.transpose(1, 2).flatten(0, 1)[index.reshape(-1)]

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from ._budget import Budget
+from ._call import Call
+from ._dtypes import Dtypes
+from ._functions import SketchLength
 from ._lanes import Block, Lanes
+from ._operation import StateLayer
 from ._padding import read_mask
 from ._rollback import Tail
 
 __all__ = ["SubGenLayer"]
 
 
-class SubGenLayer(CacheLayerMixin):
+@dataclass(frozen=True)
+class _State:
+    """What a layer holds.
+
+    Attributes
+    ----------
+    lanes : Lanes
+        Nothing changes them: they are copied before they absorb.
+    seen : int
+        Tokens, padding included.
+    tail : Tail or None
+        The last tokens, where they can be taken back.
+    scale : float or None
+        Factor of the logits; ``None`` before the first token, as are the dtypes.
+    dtypes : Dtypes or None
+    nbytes_per_token : int
+        Of exact keys and values.
+    """
+
+    lanes: Lanes
+    seen: int = 0
+    tail: Tail | None = None
+    scale: float | None = None
+    dtypes: Dtypes | None = None
+    nbytes_per_token: int = 0
+
+
+class SubGenLayer(StateLayer[_State]):
     """Sketches of one layer's keys and values.
 
-    `update` only hands the new keys over: the cache does not see the queries and the padding. The attention function
-    finds the layer on the keys and calls `attend`.
+    `take` only hands the new keys over: the cache does not see the queries and the padding. The attention function
+    finds the hand-over on the keys, and calls it.
 
     Parameters
     ----------
@@ -30,46 +61,45 @@ class SubGenLayer(CacheLayerMixin):
         Tokens of a block that can be taken back.
     """
 
-    is_compileable = False
     is_sliding = False
-    supports_early_init = False
 
     def __init__(self, budget: Budget, prefill: str, rollback: int) -> None:
-        super().__init__()
-        self.budget = budget
+        super().__init__(_State(Lanes(budget)))
         self.prefill = prefill
         self.rollback = rollback
-        self.record_past = False
-        self._start()
 
-    def _start(self) -> None:
-        self.seen = 0
-        self.awaited = False
-        self.lanes = Lanes(self.budget)
-        self.exact_nbytes_per_token = 0
-        self._tail: Tail | None = None
-        self._scale: float | None = None
-        self.is_initialized = False
+    @property
+    def seen(self) -> int:
+        """Tokens seen, padding included."""
+        return self.state.seen
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Note dtype and device."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+    @property
+    def lanes(self) -> Lanes:
+        """The sketches."""
+        return self.state.lanes
+
+    @property
+    def _tail(self) -> Tail | None:
+        return self.state.tail
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new tokens and hand the layer over on their keys: nothing is absorbed before `attend`."""
+        """Hand tokens over in this layer alone; a cache calls `take`."""
+        call = Call([self], guarded=False)
+        call.next = 1
+        return self.take(key_states, value_states, call)
+
+    def take(self, key_states: Tensor, value_states: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Hand the layer over on the new keys: nothing is absorbed before they are attended to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        numbers = key_states[:, :, :1].numel() + value_states[:, :, :1].numel()
-        self.exact_nbytes_per_token = numbers * key_states.element_size()
-        self.seen += key_states.shape[2]
-        self.awaited = True
         keys = key_states.view(key_states.shape)
-        keys._subgen_layer = self
+        keys._subgen_layer = call.hand_over(self)
         return keys, value_states
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Answer the tokens handed over, and absorb them.
+    def answered(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, _State]:
+        """Answer the tokens handed over; return the answers and the state that has absorbed them.
 
         Parameters
         ----------
@@ -83,102 +113,124 @@ class SubGenLayer(CacheLayerMixin):
         Returns
         -------
         Tensor, shape (rows, q_heads, n, value_dim)
+            In the dtype that exact attention would give.
+        _State
 
         Raises
         ------
-        ValueError
-            If the rows or the mask are not those of this stream, or the factor changed.
+        TypeError, ValueError
+            If the rows or the mask are not those of this stream, or the factor or the dtype changed.
         """
-        self.awaited = False
+        held = self.state
         size = int(keys.shape[2])
-        before = self.seen - size
-        valid, past = read_mask(mask, before, size)
-        self._check(int(keys.shape[0]), past, before, scale)
-        block = Block(queries, keys, values, valid)
-        self.lanes.open(block, scale)
-        exact = self.prefill == "exact" and before == 0 and size > 1
-        answer = self.lanes.exact(block, scale) if exact else None
+        valid, past = read_mask(mask, held.seen, size)
+        self._check(held, int(keys.shape[0]), past, scale)
+        dtypes = Dtypes.of(queries, keys, values, held.dtypes)
+        exact_nbytes = sum(x[:, :, :1].numel() * x.element_size() for x in (keys, values))
+        with dtypes.without_autocast():
+            block = Block(*dtypes.cast(queries, keys, values), valid=valid)
+            answer, lanes, tail = self._absorbed(held, block, scale)
+        state = _State(lanes, held.seen + size, tail, scale, dtypes, exact_nbytes)
+        return dtypes.answered(answer), state
+
+    def _absorbed(self, held: _State, block: Block, scale: float) -> tuple[Tensor, Lanes, Tail | None]:
+        size, lanes, tail = block.size, held.lanes.copy(), held.tail
+        lanes.open(block, scale)
+        exact = self.prefill == "exact" and held.seen == 0 and size > 1
+        answer = lanes.exact(block, scale) if exact else None
         # Only blocks of more than one token are ever drafts, unless the decoder announces that it will take back.
         keep = min(size, self.rollback) if size > 1 or self.record_past else 0
         pieces = []
         if size > keep:
-            self._tail = None
-            pieces.append(self._absorb(block.columns(slice(0, size - keep)), exact))
+            tail = None
+            pieces.append(_absorb(lanes, block.columns(slice(0, size - keep)), exact))
         if keep:
             last = block.columns(slice(size - keep, size))
-            if self._tail is None or not self.record_past:
-                self._tail = Tail(self.lanes.copy(), self.rollback)
-            self._tail.append(last, self.lanes)
-            pieces.append(self._absorb(last, exact))
+            if tail is None or not self.record_past:
+                tail = Tail(lanes.copy(), self.rollback)
+            tail = tail.append(last, lanes)
+            pieces.append(_absorb(lanes, last, exact))
         if answer is None:
             answer = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-        return answer
+        return answer, lanes, tail
 
-    def _absorb(self, block: Block, answered: bool) -> Tensor:
-        if not answered:
-            return self.lanes.step(block)
-        self.lanes.update(block)
-        return block.queries
-
-    def _check(self, rows: int, past: tuple[int, ...] | None, before: int, scale: float) -> None:
-        held = self.lanes.counts
-        if held and len(held) != rows:
+    def _check(self, held: _State, rows: int, past: tuple[int, ...] | None, scale: float) -> None:
+        counts = held.lanes.counts
+        if counts and len(counts) != rows:
             raise ValueError(
-                f"the cache holds a batch of {len(held)} rows, got {rows}: start another cache, or reset() this one"
+                f"the cache holds a batch of {len(counts)} rows, got {rows}: start another cache, or reset() this one"
             )
-        if past is not None and held and past != held:
+        if past is not None and counts and past != counts:
             raise ValueError(
-                f"attention_mask says that {list(past)} of the {before} tokens before this block are real, but the "
-                f"cache absorbed {list(held)}: what was absorbed cannot be masked later, nor can masked tokens come "
+                f"attention_mask says that {list(past)} of the {held.seen} tokens before this block are real, but the "
+                f"cache absorbed {list(counts)}: what was absorbed cannot be masked later, nor can masked tokens come "
                 f"back. Pass the mask of the earlier calls, extended"
             )
-        if past is None and any(count != before for count in held):
+        if past is None and any(count != held.seen for count in counts):
             raise ValueError(
-                f"earlier calls had padding (the rows hold {list(held)} of {before} tokens) and this one has no "
+                f"earlier calls had padding (the rows hold {list(counts)} of {held.seen} tokens) and this one has no "
                 f"attention_mask: pass one over the whole sequence"
             )
-        if self._scale is not None and scale != self._scale:
-            raise ValueError(f"the factor of the logits was {self._scale} and is now {scale}: it must not change")
-        self._scale = scale
+        if held.scale is not None and scale != held.scale:
+            raise ValueError(f"the factor of the logits was {held.scale} and is now {scale}: it must not change")
 
     @property
     def is_croppable(self) -> bool:
         """Whether tokens can be taken back: from 5.24 on, transformers drafts tokens only for caches that say so."""
         return self.rollback > 0
 
-    def crop(self, max_length: int) -> None:
-        """Take tokens back: ``-n`` removes n; a positive number is the length to keep, as in older releases.
+    def cropped(self, tokens: int) -> _State:
+        """Return the state without the last tokens; see `StateLayer`.
 
         Raises
         ------
         ValueError
             If more tokens are to be removed than can be taken back.
         """
-        tokens = -max_length if max_length <= 0 else max(0, self.seen - max_length)
+        held = self.state
         if tokens == 0:
-            self._tail = None
-            return
-        most = 0 if self._tail is None else self._tail.size
-        if self._tail is None or tokens > most:
+            return held if held.tail is None else replace(held, tail=None)
+        most = 0 if held.tail is None else held.tail.size
+        if held.tail is None or held.scale is None or tokens > most:
             raise ValueError(
-                f"crop was to remove {tokens} of {self.seen} tokens, and the last {most} can be taken back: the rest "
+                f"crop was to remove {tokens} of {held.seen} tokens, and the last {most} can be taken back: the rest "
                 f"is in the summary. Only the last block of a call can be, up to rollback={self.rollback} tokens of it"
             )
-        self.lanes = self._tail.take_back(tokens)
-        self.seen -= tokens
+        lanes, tail = held.tail.take_back(tokens, held.scale)
+        return replace(held, lanes=lanes, tail=tail, seen=held.seen - tokens)
 
-    def activate_past_recording(self) -> None:
-        """Keep the last tokens of any block: a decoder is going to take some back."""
-        self.record_past = True
+    def selected(self, rows: list[int]) -> _State:
+        """Return the state of some rows of the batch; see `StateLayer`."""
+        held = self.state
+        if rows == list(range(self.rows)):
+            return held
+        tail = None if held.tail is None else held.tail.select(rows)
+        return replace(held, lanes=held.lanes.select(rows), tail=tail)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first token."""
+        return len(self.state.lanes.counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = self.state
+        return held.lanes.nbytes + (0 if held.tail is None else held.tail.nbytes)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of all keys and values seen."""
+        return self.state.seen * self.state.nbytes_per_token
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens seen, padding included: positions follow it, not what is held."""
-        return self.seen
+        return self.state.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Length and offset of the mask; releases before 5 pass the positions of the new tokens."""
         size = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.seen + size, 0
+        return SketchLength(self.state.seen + size), 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -186,34 +238,9 @@ class SubGenLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.lanes.nbytes + (0 if self._tail is None else self._tail.nbytes)
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self._start()
-
-    def offload(self) -> None:
-        """Refuse: a sketch stays on the device of its stream."""
-        raise NotImplementedError("a SubGenCache is not offloaded: it is small enough to stay on the device")
-
-    prefetch = offload
-
-    def reorder_cache(self, beam_idx: Tensor | list[int]) -> None:
-        """Pick rows of the batch, in this order."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor | list[int]) -> None:
-        """Pick rows of the batch, in this order."""
-        rows = indices.tolist() if isinstance(indices, Tensor) else indices
-        held = len(self.lanes.counts)
-        if held and rows != list(range(held)):
-            self.lanes.select(rows)
-            if self._tail is not None:
-                self._tail.select(rows)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.batch_select_indices([row for row in range(len(self.lanes.counts)) for _ in range(repeats)])
+def _absorb(lanes: Lanes, block: Block, answered: bool) -> Tensor:
+    if not answered:
+        return lanes.step(block)
+    lanes.update(block)
+    return block.queries

@@ -7,67 +7,73 @@ depend on how its stream was cut.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from ._lanes import Block, Lanes
 
 __all__ = ["Tail"]
 
 
+@dataclass(frozen=True)
 class Tail:
     """The last blocks and the state before them.
 
-    Parameters
+    Attributes
     ----------
     before : Lanes
-        The state before the first of the blocks. A copy that nothing else changes.
+        The state before the first of the blocks. Nothing changes it.
     least : int
         Tokens that can always be taken back; at most twice as many are kept.
+    blocks : tuple of Block
+    middle : tuple of Lanes and int, or None
+        A later state and the number of blocks before it: when enough tokens follow it, it takes the place of the
+        first.
     """
 
-    def __init__(self, before: Lanes, least: int) -> None:
-        self._before = before
-        self._least = least
-        self._blocks: list[Block] = []
-        # A later state and the number of blocks before it: when enough tokens follow it, it takes the place of the
-        # first.
-        self._middle: tuple[Lanes, int] | None = None
+    before: Lanes
+    least: int
+    blocks: tuple[Block, ...] = ()
+    middle: tuple[Lanes, int] | None = None
 
     @property
     def size(self) -> int:
         """Tokens that can be taken back."""
-        return sum(block.size for block in self._blocks)
+        return sum(block.size for block in self.blocks)
 
     @property
     def nbytes(self) -> int:
         """Bytes held; arrays shared with the current state count again."""
-        states = [self._before] if self._middle is None else [self._before, self._middle[0]]
-        return sum(block.nbytes for block in self._blocks) + sum(state.nbytes for state in states)
+        states = [self.before] if self.middle is None else [self.before, self.middle[0]]
+        return sum(block.nbytes for block in self.blocks) + sum(state.nbytes for state in states)
 
-    def append(self, block: Block, before: Lanes) -> None:
-        """Remember a block that comes after the others, and the state before it."""
-        if self._middle is None and self.size >= self._least:
-            self._middle = (before.copy(), len(self._blocks))
-        self._blocks.append(block.clone())
-        if self._middle is not None and sum(x.size for x in self._blocks[self._middle[1] :]) >= self._least:
-            self._before, first = self._middle
-            self._blocks, self._middle = self._blocks[first:], None
+    def append(self, block: Block, before: Lanes) -> Tail:
+        """Return a tail with a block that comes after the others; ``before`` is the state before it."""
+        blocks, middle = (*self.blocks, block.clone()), self.middle
+        if middle is None and self.size >= self.least:
+            middle = (before.copy(), len(self.blocks))
+        if middle is not None and sum(x.size for x in blocks[middle[1] :]) >= self.least:
+            first, start = middle
+            return Tail(first, self.least, blocks[start:])
+        return replace(self, blocks=blocks, middle=middle)
 
-    def take_back(self, tokens: int) -> Lanes:
-        """Forget the last tokens; return the state without them."""
+    def take_back(self, tokens: int, scale: float) -> tuple[Lanes, Tail]:
+        """Return the state without the last tokens, and the tail of those that stay.
+
+        The factor of the logits is for rows whose first tokens are among them.
+        """
         keep, kept = self.size - tokens, []
-        for block in self._blocks:
+        for block in self.blocks:
             size = min(block.size, keep)
             if size:
                 kept.append(block.columns(slice(0, size)))
             keep -= size
-        self._blocks, self._middle = kept, None
-        lanes = self._before.copy()
+        lanes = self.before.copy()
         for block in kept:
+            lanes.open(block, scale)
             lanes.update(block)
-        return lanes
+        return lanes, Tail(self.before, self.least, tuple(kept))
 
-    def select(self, rows: list[int]) -> None:
-        """Pick rows of the batch."""
-        self._before.select(rows)
-        if self._middle is not None:
-            self._middle[0].select(rows)
-        self._blocks = [block.select(rows) for block in self._blocks]
+    def select(self, rows: list[int]) -> Tail:
+        """Return the tail of some rows of the batch."""
+        middle = None if self.middle is None else (self.middle[0].select(rows), self.middle[1])
+        return Tail(self.before.select(rows), self.least, tuple(x.select(rows) for x in self.blocks), middle)

@@ -22,17 +22,21 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.cache_utils import Cache
 
 from subgen._checks import check_integer
 from subgen.means import Storage
 
 from ._budget import budgets
-from ._families import layer_kinds, refuse_model
+from ._call import Calls
+from ._enable import NAME, disable, enable
+from ._families import layer_kinds
 from ._functions import subgen_attention, subgen_mask
 from ._layer import SubGenLayer
+from ._operation import Operation, StateLayer, row_numbers
 from ._report import CacheReport, LayerReport
+from ._window import WindowLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,41 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["CacheReport", "LayerReport", "SubGenCache", "disable", "enable"]
 
 _log = logging.getLogger(__name__)
-_NAME = "subgen"
 
-AttentionInterface.register(_NAME, subgen_attention)
-AttentionMaskInterface.register(_NAME, subgen_mask)
-
-
-def enable(model: Any) -> None:
-    """Switch a model's attention to "subgen": plain attention, until it is given a `SubGenCache`.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-
-    Raises
-    ------
-    ValueError
-        If the model is of a family that cannot work; the message says why.
-    """
-    refuse_model(model)
-    previous = model.config._attn_implementation
-    if previous != _NAME:
-        model.set_attn_implementation(_NAME)
-        model._subgen_previous = previous
-
-
-def disable(model: Any) -> None:
-    """Give a model back the attention it had before `enable`.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    """
-    previous = getattr(model, "_subgen_previous", None)
-    if previous is not None and model.config._attn_implementation == _NAME:
-        model.set_attn_implementation(previous)
+AttentionInterface.register(NAME, subgen_attention)
+AttentionMaskInterface.register(NAME, subgen_mask)
 
 
 class SubGenCache(Cache):
@@ -148,6 +120,9 @@ class SubGenCache(Cache):
         prefill: str = "exact",
         rollback: int = 64,
     ) -> None:
+        if not isinstance(config, PretrainedConfig):
+            what = "the model itself" if hasattr(config, "config") else f"{type(config).__name__}"
+            raise TypeError(f"SubGenCache takes a model's configuration, got {what}: pass model.config")
         kinds = layer_kinds(config)
         if prefill not in ("exact", "streaming"):
             raise ValueError(f"prefill must be 'exact' or 'streaming', got {prefill!r}")
@@ -155,14 +130,13 @@ class SubGenCache(Cache):
         each = budgets(
             len(kinds), max_clusters, compression_ratio, window=window, sink=sink, seed=seed, storage=storage
         )
-        super().__init__(
-            layers=[
-                SubGenLayer(budget, prefill, rollback) if slide is None else DynamicSlidingWindowLayer(slide)
-                for budget, slide in zip(each, kinds, strict=True)
-            ]
-        )
+        layers: list[StateLayer[Any]] = [
+            SubGenLayer(budget, prefill, rollback) if slide is None else WindowLayer(slide, rollback)
+            for budget, slide in zip(each, kinds, strict=True)
+        ]
+        super().__init__(layers=layers)
         self._by_ratio = compression_ratio is not None
-        self._calls = 0
+        self._calls = Calls(layers)
 
     @torch.compiler.disable
     def update(
@@ -170,65 +144,108 @@ class SubGenCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Hand new keys and values to a layer.
 
+        Nothing that a layer does with them counts before the whole forward pass has succeeded.
+
         Raises
         ------
         RuntimeError
-            If the tokens of an earlier call were never attended to: another attention function runs, or the model
-            changes the keys on their way to it.
+            If the tokens of an earlier layer were never attended to (another attention function runs, or the model
+            changes the keys on their way to it), an earlier pass did not end, or two run at once.
         """
-        for number, layer in enumerate(self.layers):
-            if getattr(layer, "awaited", False):
-                raise RuntimeError(
-                    f"layer {number} handed its keys over to attention, and nobody took them: the answers would be "
-                    f"silently wrong. Switch the model on with subgen_torch.transformers.enable(model); if it is, this "
-                    f"family changes keys between the cache and attention and cannot use a SubGenCache. The cache "
-                    f"must be reset() before it is used again"
-                )
+        call = self._calls.turn(layer_idx)
         if layer_idx == 0:
             self._note_chunks(key_states.shape[2])
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return keys, values
+        try:
+            return self.layers[layer_idx].take(key_states, value_states, call)  # type: ignore[no-any-return]
+        except BaseException:
+            call.abandon()
+            raise
 
     def _note_chunks(self, size: int) -> None:
-        self._calls += 1
-        if self._by_ratio and self._calls == 2 and size > 1:
+        if self._by_ratio and self._calls.succeeded == 1 and size > 1:
             _log.warning(
                 "a second call of more than one token: compression_ratio counted the first call alone as the prompt. "
                 "Use max_clusters for a prompt that comes in chunks"
             )
 
+    @torch.compiler.disable
+    def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
+        """Tokens seen in the forward passes that succeeded, padding included."""
+        length: int = self.layers[layer_idx].get_seq_length()
+        return length
+
+    @torch.compiler.disable
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a layer's mask."""
+        sizes: tuple[int, int] = self.layers[layer_idx].get_mask_sizes(query_length)
+        return sizes
+
+    def _replace(self, states: Sequence[Any]) -> None:
+        """Replace the states of all layers, at once."""
+        operation = Operation()
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.propose(operation, state)
+        operation.finished = True
+        for layer in self.layers:
+            layer.settle()
+
     def reset(self) -> None:
         """Forget everything; budgets stay."""
-        super().reset()
-        self._calls = 0
+        self._calls.forget()
+        self._replace([layer.empty for layer in self.layers])
+
+    def crop(self, max_length: int) -> None:
+        """Take tokens back, in all layers or in none.
+
+        Parameters
+        ----------
+        max_length : int
+            ``-n`` removes n tokens; a positive number is the length to keep, as in older releases. 0 removes nothing,
+            and gives up taking back what was kept for it.
+
+        Raises
+        ------
+        ValueError
+            If a layer cannot take back as many. The cache is as it was.
+        """
+        self._replace([layer.cropped(layer.to_remove(max_length)) for layer in self.layers])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick rows of the batch, for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Pick rows of the batch, in this order; they may repeat."""
-        rows = indices.tolist()  # once for all layers, as it waits for the device
-        for layer in self.layers:
-            layer.batch_select_indices(rows if isinstance(layer, SubGenLayer) else indices)
+        """Pick rows of the batch, in this order; they may repeat.
+
+        Raises
+        ------
+        IndexError
+            If a row is not in the batch. The cache is as it was.
+        """
+        rows = row_numbers(indices, self.layers[0].rows)  # once for all layers, as it waits for the device
+        self._select(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._select([row for row in range(self.layers[0].rows) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        if self.layers[0].rows:
+            self._replace([layer.selected(rows) for layer in self.layers])
 
     def report(self) -> CacheReport:
         """Tell what each layer holds, and what an exact cache would."""
         return CacheReport(tuple(_report(layer) for layer in self.layers))
 
 
-def _report(layer: Any) -> LayerReport:
+def _report(layer: StateLayer[Any]) -> LayerReport:
+    clusters = 0
     if isinstance(layer, SubGenLayer):
-        clusters = [int(torch.as_tensor(sketch.n_clusters).max()) for sketch in layer.lanes.sketches]
-        return LayerReport(
-            kind="sketch",
-            n_seen=layer.seen,
-            n_clusters=max(clusters, default=0),
-            nbytes=layer.nbytes,
-            exact_nbytes=layer.seen * layer.exact_nbytes_per_token,
-        )
-    held = [x for x in (layer.keys, layer.values) if x is not None and x.numel()]
-    seen = layer.get_seq_length()
-    nbytes = sum(x.numel() * x.element_size() for x in held)
-    length = held[0].shape[-2] if held else 0
-    return LayerReport("exact", seen, 0, nbytes, nbytes // length * seen if length else 0)
+        clusters = max((int(sketch.n_clusters.max()) for sketch in layer.lanes.sketches if sketch.n_seen), default=0)
+    return LayerReport(
+        kind="sketch" if isinstance(layer, SubGenLayer) else "exact",
+        n_seen=layer.get_seq_length(),
+        n_clusters=clusters,
+        nbytes=layer.nbytes,
+        exact_nbytes=layer.exact_nbytes,
+    )
