@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "budgets"]
 
+# Clusters of the smallest sketch that a ratio makes.
+_FEWEST = 6
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -35,28 +38,12 @@ class Budget:
     def __call__(self, first: int, scale: float, keys: Tensor, values: Tensor) -> AttentionSketch:
         """Return an empty sketch.
 
-        Raises
-        ------
-        ValueError
-            If the share of the prompt is too small to hold the sinks, a window and a cluster.
+        A share of the prompt too small to hold the sinks, a window of 2 and 6 clusters leaves the prompt exact: the
+        window is not shrunk, and there are as many clusters as tokens.
         """
         window, clusters = self.window, self.max_clusters
         if clusters is None:
-            pairs = int((1.0 - (self.compression_ratio or 0.0)) * first + 0.5)
-            # Most of what the sinks leave is for clusters (docs/howto/transformers.md says what other shares gave).
-            window = min(window, max(2, (pairs - self.sink) // 6))
-            clusters = pairs - self.sink - window
-            if clusters < 6:
-                raise ValueError(
-                    f"compression_ratio={self.compression_ratio:g} leaves {pairs} pairs of a prompt of {first} tokens: "
-                    f"at least {self.sink + 8} are needed for sink={self.sink}, a window of 2 and 6 clusters. Use a "
-                    f"smaller ratio, fewer sinks, or max_clusters"
-                )
-            if self.storage == "int8":
-                # As many as fit into the bytes of those pairs.
-                method = ClusterMeans(Fixed(1), window=window, sink=self.sink, storage=self.storage)
-                held = method.footprint(keys.flatten(0, -3), values.flatten(0, -3))
-                clusters = max(clusters, held.clusters_in(pairs * held.pair))
+            window, clusters = self._share_of(first, keys, values)
         # A model's NaN passes, as it does with every cache: looking for it would wait for the device at each token.
         return AttentionSketch(
             clusters,
@@ -67,6 +54,22 @@ class Budget:
             check_finite=False,
             seed=self.seed,
         )
+
+    def _share_of(self, first: int, keys: Tensor, values: Tensor) -> tuple[int, int]:
+        """Window and clusters for a prompt of so many tokens."""
+        pairs = int((1.0 - (self.compression_ratio or 0.0)) * first + 0.5)
+        # Most of what the sinks leave is for clusters (docs/howto/transformers.md says what other shares gave).
+        window = min(self.window, max(2, (pairs - self.sink) // 6))
+        clusters = pairs - self.sink - window
+        if clusters < _FEWEST:
+            # A cluster of one is its token, unless it is stored in 8 bits: the window never is.
+            return max(self.window, first if self.storage == "int8" else 0), max(_FEWEST, first)
+        if self.storage == "int8":
+            # As many as fit into the bytes of those pairs.
+            method = ClusterMeans(Fixed(1), window=window, sink=self.sink, storage=self.storage)
+            held = method.footprint(keys.flatten(0, -3), values.flatten(0, -3))
+            clusters = max(clusters, held.clusters_in(pairs * held.pair))
+        return window, clusters
 
 
 def budgets(

@@ -66,7 +66,10 @@ class SubGenCache(Cache):
     compression_ratio : float or sequence of float, optional
         Instead: the share of (key, value) pairs *removed*, in ``[0, 1)``. ``(1 - ratio)`` times the tokens of the
         first call, the prompt, is the number of pairs from then on, sinks and window included; the window shrinks to
-        leave five sixths of them to clusters. A prompt that comes in chunks needs ``max_clusters``.
+        leave five sixths of them to clusters. A prompt too short for its ratio, whose share holds less than the sinks,
+        a window of 2 and 6 clusters, stays exact: the window is not shrunk, and there are as many clusters as the
+        prompt has tokens, so that the next ``window / 2`` tokens are exact too. Padded rows have budgets of their
+        own. A prompt that comes in chunks needs ``max_clusters``.
     window : int
         Last tokens kept exactly.
     sink : int
