@@ -29,7 +29,8 @@ test: $(VENV)/.test
 test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.done)
 	@for version in $(TRANSFORMERS); do \
 	  echo "transformers $$version"; \
-	  .venv-transformers-$$version/bin/python -m pytest -q tests/test_transformers.py || exit 1; \
+	  .venv-transformers-$$version/bin/python -m pytest -q tests/test_transformers.py tests/test_transformers_caches.py \
+	    tests/test_transformers_refusals.py || exit 1; \
 	done
 
 lint: $(VENV)/.test
@@ -81,7 +82,8 @@ drift: $(VENV)/.demo
 INPUTS ?= 100000
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz.py --inputs $(INPUTS)
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/test_stateful.py tests/test_persist.py
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/test_stateful.py tests/test_persist.py \
+	  tests/test_transformers_refusals.py
 
 # A process that saves, killed as often as KILLS.
 KILLS ?= 1000

@@ -112,7 +112,8 @@ class Calls:
     def __init__(self, layers: list[StateLayer[Any]]) -> None:
         self.layers = layers
         self._current: Call | None = None
-        self._guard = False
+        # The thread in which a model is called that will say when it is done, until its first layer begins a pass.
+        self._guard: int | None = None
         self._succeeded = 0
 
     @property
@@ -124,7 +125,7 @@ class Calls:
         """Start anew: for a cache that is reset."""
         if self._current is not None:
             self._current.abandon()
-        self._current, self._guard, self._succeeded = None, False, 0
+        self._current, self._guard, self._succeeded = None, None, 0
 
     def turn(self, number: int) -> Call:
         """Return the pass that a layer's new keys belong to; the first layer begins one.
@@ -152,7 +153,7 @@ class Calls:
         return call
 
     def _begin(self) -> Call:
-        before, guarded = self._current, self._guard
+        before, guarded = self._current, self._guard == threading.get_ident()
         if before is not None and not before.over and not guarded:
             if before.waiting is not None and not before.guarded:
                 raise RuntimeError(f"layer {before.next - 1} {_NOT_TAKEN}. The cache must be reset() before it is used")
@@ -163,7 +164,8 @@ class Calls:
                 "repeat the call"
             )
         self._succeeded = self.succeeded
-        self._guard = False
+        if guarded:
+            self._guard = None
         self._current = Call(self.layers, guarded)
         return self._current
 
@@ -171,7 +173,7 @@ class Calls:
         """Note that a model is called which will say when it is done."""
         if self._current is not None and self._current.guarded and not self._current.over:
             self._current.abandon()
-        self._guard = True
+        self._guard = threading.get_ident()
 
     def end_guarded(self, failed: bool) -> None:
         """Note that a model is done.
@@ -181,16 +183,20 @@ class Calls:
         RuntimeError
             If it has not run all layers, or if another thread used the cache meanwhile.
         """
-        call, self._guard = self._current, False
-        if call is None or not call.guarded or call.operation.finished:
+        thread, call = threading.get_ident(), self._current
+        if self._guard == thread:  # the model did not use the cache
+            self._guard = None
             return
-        mine = call.thread == threading.get_ident()
+        if call is None:
+            return
         if failed:
-            if mine:
+            if call.thread == thread and not call.over:
                 call.abandon()
             return
-        if not mine or call.over:
+        if call.thread != thread or (call.over and not call.operation.finished):
             raise RuntimeError(_TWO_CALLS)
+        if call.over:
+            return
         if not call.complete:
             number, waiting = call.next - 1, call.waiting
             call.abandon()
@@ -203,7 +209,7 @@ class Calls:
         call.finish()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_current": None, "_guard": False, "_succeeded": self.succeeded}
+        return {"layers": self.layers, "_current": None, "_guard": None, "_succeeded": self.succeeded}
 
 
 _TWO_CALLS = (

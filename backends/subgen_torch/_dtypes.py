@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Dtypes"]
+__all__ = ["Dtypes", "without_autocast"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,12 @@ class Dtypes:
         In which tokens are absorbed, since the first call.
     answer : torch.dtype
         In which this call is answered.
-    autocast : str or None
-        The kind of device whose autocast is on.
     began_in_autocast : bool
         Whether the first call was under autocast.
     """
 
     stream: torch.dtype
     answer: torch.dtype
-    autocast: str | None
     began_in_autocast: bool
 
     @staticmethod
@@ -44,24 +41,20 @@ class Dtypes:
         TypeError
             If the dtype of the stream changed, and autocast is not the reason.
         """
-        autocast = None
-        given = queries.dtype
+        given = answer = queries.dtype
         if keys.dtype != given or values.dtype != given:
             given = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), values.dtype)
-        answer = queries.dtype
-        device = queries.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            autocast = device
-            if given != torch.float64:
-                given = answer = torch.get_autocast_dtype(device)
+        autocast = autocast_of(queries.device)
+        if autocast is not None and given != torch.float64:
+            given = answer = autocast
         if before is None:
-            return Dtypes(given, answer, autocast, autocast is not None)
+            return Dtypes(given, answer, autocast is not None)
         if given != before.stream and autocast is None and not before.began_in_autocast:
             raise TypeError(
                 f"the cache holds a stream of {before.stream}, got {given}: run the model in the dtype that it began "
                 f"with, start another cache, or reset() this one"
             )
-        return Dtypes(before.stream, answer, autocast, before.began_in_autocast)
+        return Dtypes(before.stream, answer, before.began_in_autocast)
 
     def cast(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return them in the dtype of the stream."""
@@ -71,9 +64,19 @@ class Dtypes:
         """Return an answer in the dtype of this call."""
         return answer if answer.dtype == self.answer else answer.to(self.answer)
 
-    def without_autocast(self) -> AbstractContextManager[None]:
-        """Compute in the dtypes that tensors have: a sketch widens where it must."""
-        if self.autocast is None:
-            return nullcontext()
-        context: AbstractContextManager[None] = torch.autocast(self.autocast, enabled=False)
-        return context
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, if it is on for this kind of device."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype: torch.dtype = torch.get_autocast_dtype(kind)
+        return dtype
+    return None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Compute in the dtypes that tensors have: a sketch widens where it must."""
+    if autocast_of(device) is None:
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
+    return context

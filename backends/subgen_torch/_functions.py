@@ -60,7 +60,6 @@ def subgen_mask(batch_size: int, *args: Any, attention_mask: Tensor | None = Non
     return mask.view(mask.shape)
 
 
-@torch.compiler.disable
 def subgen_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -103,19 +102,34 @@ def subgen_attention(
         _refuse(_UNSUPPORTED, kwargs, module)
         plain: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return _from_sketches(handed, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
+
+
+@torch.compiler.disable
+def _from_sketches(
+    handed: HandOver,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    given: dict[str, Any],
+) -> Tensor:
     try:
-        _refuse_for_sketches(module, attention_mask, dropout, kwargs)
-        mask = attention_mask if attention_mask is not None and attention_mask.shape[1] else None
+        _refuse_for_sketches(module, mask, dropout, given)
         factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        padding = mask if mask is not None and mask.shape[1] else None
         with torch.no_grad():
-            out = handed.attend(query.detach(), key.detach(), value.detach(), mask, factor)
+            out = handed.attend(query.detach(), key.detach(), value.detach(), padding, factor)
             out = out.transpose(1, 2).contiguous()
     except BaseException:
         handed.abandon()
         raise
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)
-    return out, None
+    return out
 
 
 def _refuse_for_sketches(module: torch.nn.Module, mask: Tensor | None, dropout: float, given: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ._budget import Budget
 from ._call import Call
-from ._dtypes import Dtypes
+from ._dtypes import Dtypes, without_autocast
 from ._functions import SketchLength
 from ._lanes import Block, Lanes
-from ._operation import StateLayer
+from ._operation import StateLayer, check_rows
 from ._padding import read_mask
 from ._rollback import Tail
 
@@ -127,7 +127,7 @@ class SubGenLayer(StateLayer[_State]):
         self._check(held, int(keys.shape[0]), past, scale)
         dtypes = Dtypes.of(queries, keys, values, held.dtypes)
         exact_nbytes = sum(x[:, :, :1].numel() * x.element_size() for x in (keys, values))
-        with dtypes.without_autocast():
+        with without_autocast(keys.device):
             block = Block(*dtypes.cast(queries, keys, values), valid=valid)
             answer, lanes, tail = self._absorbed(held, block, scale)
         state = _State(lanes, held.seen + size, tail, scale, dtypes, exact_nbytes)
@@ -156,10 +156,8 @@ class SubGenLayer(StateLayer[_State]):
 
     def _check(self, held: _State, rows: int, past: tuple[int, ...] | None, scale: float) -> None:
         counts = held.lanes.counts
-        if counts and len(counts) != rows:
-            raise ValueError(
-                f"the cache holds a batch of {len(counts)} rows, got {rows}: start another cache, or reset() this one"
-            )
+        if counts:
+            check_rows(len(counts), rows)
         if past is not None and counts and past != counts:
             raise ValueError(
                 f"attention_mask says that {list(past)} of the {held.seen} tokens before this block are real, but the "
@@ -196,7 +194,8 @@ class SubGenLayer(StateLayer[_State]):
                 f"crop was to remove {tokens} of {held.seen} tokens, and the last {most} can be taken back: the rest "
                 f"is in the summary. Only the last block of a call can be, up to rollback={self.rollback} tokens of it"
             )
-        lanes, tail = held.tail.take_back(tokens, held.scale)
+        with without_autocast(held.tail.blocks[0].keys.device):
+            lanes, tail = held.tail.take_back(tokens, held.scale)
         return replace(held, lanes=lanes, tail=tail, seen=held.seen - tokens)
 
     def selected(self, rows: list[int]) -> _State:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-__all__ = ["Operation", "StateLayer", "row_numbers"]
+__all__ = ["Operation", "StateLayer", "check_rows", "row_numbers"]
 
 State = TypeVar("State")
 
@@ -146,6 +146,14 @@ class StateLayer(CacheLayerMixin, Generic[State]):
         raise NotImplementedError("a SubGenCache is not offloaded: it is small enough to stay on the device")
 
     prefetch = offload
+
+
+def check_rows(held: int, rows: int) -> None:
+    """Raise if a block has not as many rows as the cache holds."""
+    if held != rows:
+        raise ValueError(
+            f"the cache holds a batch of {held} rows, got {rows}: start another cache, or reset() this one"
+        )
 
 
 def row_numbers(indices: Tensor | list[int], held: int) -> list[int]:

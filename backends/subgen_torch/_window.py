@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._call import Call
-from ._operation import StateLayer
+from ._operation import StateLayer, check_rows
 
 __all__ = ["WindowLayer"]
 
@@ -89,6 +89,7 @@ class WindowLayer(StateLayer[_Held]):
         held = self.state
         keys, values = key_states, value_states
         if held.keys is not None and held.values is not None:
+            check_rows(self.rows, int(keys.shape[0]))
             keys, values = torch.cat([held.keys, keys], dim=-2), torch.cat([held.values, values], dim=-2)
         size = int(key_states.shape[2])
         full = _Held(keys, values, held.seen + size, sum(_nbytes(x) // (x.shape[2] or 1) for x in (keys, values)))
