@@ -6,7 +6,10 @@ The interpreter is told to switch threads as often as it can.
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 import pickle
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ from test_persist import make
 
 import subgen
 from subgen import AttentionSketch
+from subgen._loading import LOADING, apart
 from subgen.tail import Tail
 
 THREADS = 8
@@ -206,3 +210,103 @@ def test_pickled_without_copying_the_arrays(frozen: bool) -> None:
         alone = make("default")
         alone.update(*(x[:, kept] for x in (k, v, q)))
         assert_same(each.state, alone.state)
+
+
+needs_numba = pytest.mark.skipif(
+    sys.platform == "win32" or importlib.util.find_spec("numba") is None, reason="forks, and numba compiles"
+)
+
+# A loop that is compiled in the place of all: of a row with itself, the sum of squares.
+COMPILES = """
+import os, signal, sys, threading, time, warnings
+import numpy as np
+from subgen_numpy import compiled
+warnings.simplefilter("ignore")  # newer releases of Python warn of forks beside threads, as is meant here
+loops, x = compiled("merging"), np.arange(8.0, dtype=np.float32)[None]
+
+def square():
+    return float(loops.product(x, 0, x, 0, 8))
+
+def wait_until_it_is_compiled():
+    lock = sys.modules["numba.core.compiler_lock"].global_compiler_lock._lock
+    while lock.acquire(blocking=False):
+        lock.release()
+        time.sleep(0.001)
+"""
+
+FORKS = """
+thread = threading.Thread(target=square)
+thread.start()
+wait_until_it_is_compiled()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    assert square() == 140
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "the child hangs"
+thread.join()
+assert square() == 140
+"""
+
+INTERRUPTED = """
+from numba.core import event
+compiled_in = []
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        compiled_in.append(threading.current_thread())
+
+    def on_end(self, event):
+        pass
+
+event.register("numba:compile", Listener())
+
+def interrupt():
+    wait_until_it_is_compiled()
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    square()
+except KeyboardInterrupt:
+    print("interrupted")
+assert square() == 140
+assert compiled_in and threading.main_thread() not in compiled_in  # an interrupt is raised in that one
+"""
+
+
+def compiling(tmp_path: Path, script: str) -> str:
+    """Run a script with nothing compiled before, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES + script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@needs_numba
+def test_a_fork_waits_for_what_another_thread_compiles(tmp_path: Path) -> None:
+    """Else the child waits for locks of numba and LLVM that no thread of its own holds."""
+    compiling(tmp_path, FORKS)
+
+
+@needs_numba
+def test_an_interrupt_while_loops_are_compiled_is_an_interrupt(tmp_path: Path) -> None:
+    """Not an error of the compiler, and they are compiled all the same."""
+    assert compiling(tmp_path, INTERRUPTED) == "interrupted\n"
+
+
+def test_what_is_done_apart_comes_back() -> None:
+    """Its result or its error, whatever the thread; in this one if it holds what the other might wait for."""
+    assert apart(threading.current_thread) is not threading.current_thread()
+    with LOADING:
+        assert apart(threading.current_thread) is threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        apart(divmod, 1, 0)
+    for thread, done in at_once(*[lambda: (threading.current_thread(), apart(threading.current_thread))] * 2):
+        assert thread is done

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["compiled", "in_memory"]
+from subgen._loading import LOADING, apart
+
+__all__ = ["compiled", "guard", "in_memory"]
 
 
 @cache
@@ -20,9 +22,27 @@ def compiled(what: str) -> ModuleType | None:
     That is where numba, or what it calls, is missing, too old or new for NumPy, or has no place to cache.
     """
     try:
-        return importlib.import_module(f"subgen_numpy._compiled_{what}")
+        return apart(_load, what)
     except (ImportError, RuntimeError):
         return None
+
+
+def _load(what: str) -> ModuleType:
+    with LOADING:
+        module = importlib.import_module(f"subgen_numpy._compiled_{what}")
+    for name in module.__all__:
+        guard(getattr(module, name))
+    return module
+
+
+def guard(loop: Any) -> None:
+    """Let a function of numba be compiled by `subgen._loading.apart`; nothing is done where numba has no place for it.
+
+    Its first call takes up to a minute.
+    """
+    compile_for = getattr(loop, "_compile_for_args", None)
+    if compile_for is not None and not isinstance(compile_for, partial):
+        loop._compile_for_args = partial(apart, compile_for)
 
 
 def in_memory(*arrays: NDArray[Any]) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:

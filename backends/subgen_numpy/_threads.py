@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subgen._checks import check_integer
+from subgen._loading import LOADING
 
 __all__ = ["at_most", "by_streams", "helped", "threads"]
 
@@ -97,14 +98,16 @@ def helped(work: Callable[[NDArray[np.int64], bool], Any], most: int, *, blas: b
             errors.append(error)
             turns[1] = _ALL  # nobody waits for what this thread took
 
-    if blas:
-        with _as_many(most, blas) as n:
-            _helpers.ask(help_out, n - 1)
+    try:
+        if blas:
+            with _as_many(most, blas) as n:
+                _helpers.ask(help_out, n - 1)
+                work(turns, True)
+        else:  # a token's, where a context takes as long as all else here
+            _helpers.ask(help_out, min(threads(), most) - 1)
             work(turns, True)
-    else:  # a token's, where a context takes as long as all else here
-        _helpers.ask(help_out, min(threads(), most) - 1)
-        work(turns, True)
-    turns[0] = _ALL
+    finally:  # interrupted or not
+        turns[0] = _ALL
     if errors:
         raise errors[0]
 
@@ -232,11 +235,12 @@ def _blas_kept_to_one_thread() -> Iterator[bool]:
 
 @cache
 def _controller() -> Any:
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
-        return None
-    return ThreadpoolController()
+    with LOADING:
+        try:
+            from threadpoolctl import ThreadpoolController
+        except ImportError:
+            return None
+        return ThreadpoolController()
 
 
 _helpers = _Helpers()

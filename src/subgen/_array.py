@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import array_api_compat
 
+from ._loading import LOADING
+
 __all__ = [
     "Array",
     "FloatInfo",
@@ -45,7 +47,8 @@ def array_namespace(x: Array) -> Namespace:
     known = _namespaces.get(type(x))
     if known is not None:
         return known
-    xp = array_api_compat.array_namespace(x)
+    with LOADING:
+        xp = array_api_compat.array_namespace(x)
     # JAX passes gradients that are zero around as arrays of NumPy: these alone do not go by type.
     if type(x).__module__.split(".")[0] != "numpy" or library_name(xp) == "numpy":
         _namespaces[type(x)] = xp

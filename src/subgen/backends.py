@@ -38,6 +38,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ._array import Array, array_namespace, library_name
+from ._loading import LOADING
 from .absorbing import Absorbed, Settled, absorb, collect, settle
 from .blocks import Turned, absorb_blocks
 from .clustering import assign_leaders
@@ -227,7 +228,8 @@ def operations_for(x: Array) -> Operations:
     name = library_name(array_namespace(x))
     operations = _resolved.get(name)
     if operations is None:
-        known = name in _registered or name in _entry_points()
-        operations = Operations(**get(name).operations) if known else Operations()
+        with LOADING:
+            known = name in _registered or name in _entry_points()
+            operations = Operations(**get(name).operations) if known else Operations()
         _resolved[name] = operations
     return operations

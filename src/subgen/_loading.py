@@ -1,0 +1,98 @@
+"""What is loaded or compiled at a first call, so that a fork in another thread, or Ctrl-C, finds nothing half done.
+
+- A fork waits until it is done. The child has no thread that would ever release what other threads held: the locks of
+  imports, of numba and of LLVM.
+- The main thread lets another do it, and Ctrl-C interrupts it while it waits. Raised inside numba, an interrupt would
+  be reported as an error of the compiler, and might leave it in a state in which nothing compiles any more.
+"""
+
+from __future__ import annotations
+
+# Loaded for their own hooks of a fork, which take locks that a compiler may wait for: hooks that are registered later
+# run before them.
+import concurrent.futures.thread  # noqa: F401
+import logging  # noqa: F401
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+__all__ = ["LOADING", "apart"]
+
+# Seconds that a fork waits for a lock: several times as long as it takes to compile.
+_PATIENCE = 300.0
+
+Result = TypeVar("Result")
+
+#: Held while modules are imported at a first call.
+LOADING = threading.RLock()
+
+
+def apart(function: Callable[..., Result], *given: Any) -> Result:
+    """Call a function; from the main thread, in which signals interrupt, in a thread of its own.
+
+    An interrupted call goes on there to its end, and the interpreter does not end before it. Where the main thread
+    itself holds `LOADING`, which the function may take, it calls the function.
+
+    Parameters
+    ----------
+    function : callable
+    *given
+        Its arguments.
+    """
+    if threading.current_thread() is not threading.main_thread() or _is_own(LOADING):
+        return function(*given)
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function(*given))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name="subgen-loading", daemon=False)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is on its way out, or the system has no more threads
+        return function(*given)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _is_own(lock: Any) -> bool:
+    return bool(lock._is_owned())
+
+
+def _locks() -> Iterator[Any]:
+    """Give the locks that a fork waits for, in the order in which a thread takes them.
+
+    Those of numba and of LLVM after ours: who loads numba here holds it.
+    """
+    yield LOADING
+    compiler, llvm = (sys.modules.get(name) for name in ("numba.core.compiler_lock", "llvmlite.binding.ffi"))
+    yield getattr(getattr(compiler, "global_compiler_lock", None), "_lock", None)
+    yield getattr(getattr(getattr(llvm, "lib", None), "_lock", None), "_lock", None)
+
+
+# Those that the thread holds that forks.
+_own = threading.local()
+
+
+def _hold() -> None:
+    _own.held = []
+    for lock in _locks():
+        if lock is not None and lock.acquire(timeout=_PATIENCE):
+            _own.held.append(lock)
+
+
+def _release() -> None:
+    while _own.held:
+        _own.held.pop().release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release)
