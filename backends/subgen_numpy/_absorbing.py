@@ -1,5 +1,6 @@
 """Half a window joins the clusters in compiled loops, streams in threads: what a stream holds stays in the cache.
 
+Streams whose numbers are beyond the loops are done one after the other, step by step: the others are none the wiser.
 Where numba and SciPy are not installed it is `subgen.absorbing` that does it.
 """
 
@@ -45,7 +46,7 @@ def absorb_by_loops(held: Means, exact: Exact, told: Absorption, ops: Any) -> Ab
     stored, queries = exact.keys.dtype, exact.queries
     wide = np.dtype(np.float32) if stored in LIMITS else stored
     known = wide in (np.float32, np.float64) and held.spread.dtype == stored
-    if loops is None or not known or held.leaders is not None or not held.counts.all():
+    if loops is None or not known or held.leaders is not None:
         return None
     held = _in_wide(held, wide)
     exact = Exact(widened(exact.keys, wide), widened(exact.values, wide), queries, exact.asked)
@@ -64,7 +65,7 @@ def absorb_by_loops(held: Means, exact: Exact, told: Absorption, ops: Any) -> Ab
     )
     nearest = np.empty((streams, 0 if held.nearest is None else most), np.int32)
     codes, scales = np.empty_like(queries.codes), np.empty_like(queries.scales)
-    moved, odd = np.empty((streams, n + leave), np.int64), np.empty(streams, np.bool_)
+    moved, odd = np.empty((streams, n + leave), np.int64), ~held.counts.all(axis=1)
     written = new_keys, new_values, counts, spread, importance, nearest, codes, scales, moved
     integers = np.empty(0, np.int32 if wide == np.float32 else np.int64)
 
@@ -73,12 +74,35 @@ def absorb_by_loops(held: Means, exact: Exact, told: Absorption, ops: Any) -> Ab
         loops.absorb(turns, waits, odd, integers, places, every, told.weight, leave, *written)
 
     helped(work, streams * (n + leave) // WORTH_A_THREAD, blas=True)
-    if odd.any():  # numbers beyond what is done there
-        return None
+    for s in np.flatnonzero(odd):
+        own = slice(s, s + 1)
+        _absorb_one(held.each(lambda x: x[own]), exact.each(lambda x: x[own]), told, ops, [x[own] for x in written])
     settled = _settled(
         new_keys, new_values, spread, importance, Codes(codes, scales), most, stored, told.dithers, told.coded
     )
     return Absorbed(settled, counts, None if held.nearest is None else nearest, moved)
+
+
+def _absorb_one(held: Means, exact: Exact, told: Absorption, ops: Any, written: list[NDArray[Any]]) -> None:
+    """Do for one stream, in the dtype to compute in, what loops do but for numbers that are beyond them."""
+    keys, values, counts, spread, importance, nearest, codes, scales, moved = written
+    most, leave, sink = counts.shape[1], told.leave, exact.sink
+    pool, unit = ops.collect(held, *exact.window, leave, told.weight)
+    metric = ops.query_moment(exact.window[0], exact.queries, exact.asked, told.scale)
+    merged, moved[:] = ops.merge_closest(pool, metric, unit, most, most)
+    for new, means, tokens in ((keys, merged.keys, exact.keys), (values, merged.values, exact.values)):
+        new[:, :most], new[:, most : most + sink] = means, tokens[:, :sink]
+        _move_up(new[:, most + sink :], tokens[:, sink:], leave)
+    counts[:], spread[:], importance[:] = merged.counts, merged.spread, merged.importance
+    if merged.nearest is not None:
+        nearest[:] = merged.nearest
+    _move_up(codes, exact.queries.codes, leave)
+    _move_up(scales, exact.queries.scales, leave)
+
+
+def _move_up(to: NDArray[Any], x: NDArray[Any], leave: int) -> None:
+    """Leave out the first tokens; zeros come behind the last."""
+    to[:, : x.shape[1] - leave], to[:, x.shape[1] - leave :] = x[:, leave:], 0
 
 
 def _in_wide(means: Means, wide: Any) -> Means:

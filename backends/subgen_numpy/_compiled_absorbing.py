@@ -56,7 +56,8 @@ def absorb(
     waits : bool
         Whether to wait for what others do.
     odd : bool array, shape (streams,)
-        Written: streams whose numbers are beyond what is done here, and of which nothing else that is written counts.
+        Streams that are left out. Written: those too whose numbers are beyond what is done here. Nothing else that is
+        written of either counts.
     integers : array of integers
         As wide as the numbers; see `subgen_numpy._compiled_merging`.
     places : int64 array, shape (11, 2)
@@ -96,6 +97,9 @@ def absorb(
         s = take_next(turns)
         if s >= streams:
             break
+        if odd[s]:
+            finish(turns)
+            continue
         exact_keys = in_memory(places, 6, s, (room_for_exact, dim), new_keys)
         exact_values = in_memory(places, 7, s, (room_for_exact, value_dim), new_keys)
         codes, scales = in_memory(places, 8, s, (window, dim), new_codes), in_memory(places, 9, s, (window,), new_keys)

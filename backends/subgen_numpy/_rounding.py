@@ -23,7 +23,8 @@ _WORTH_A_THREAD = 2**19
 def quantize(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither | None = None) -> Codes:
     """Round vectors to 8 bits; see `subgen.rounding.quantize`.
 
-    Rounded to nearest, the largest number gets its code without being told, but for scales near the end of the dtype.
+    Rounded to nearest, the largest number gets its code without being told, but for scales near the end of the dtype:
+    vectors with such scales are rounded by themselves.
     """
     if uniform is not None:
         if x.size and x.dtype.itemsize >= 4 and compiled("rounding"):
@@ -31,10 +32,14 @@ def quantize(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither | N
         return rounding.quantize(x, dtype, uniform)
     scales = (_peaks(x) / x.dtype.type(127)).astype(dtype)
     limits = np.finfo(scales.dtype)
-    if scales.min() < limits.smallest_normal or scales.max() > limits.max:
-        return rounding.quantize(x, dtype)
-    codes = x / scales.astype(x.dtype, copy=False)[:, :, None]
-    return Codes(np.rint(codes, out=codes).astype(np.int8), scales)
+    if scales.min() >= limits.smallest_normal and scales.max() <= limits.max:
+        codes = x / scales.astype(x.dtype, copy=False)[:, :, None]
+        return Codes(np.rint(codes, out=codes).astype(np.int8), scales)
+    plain = (scales >= limits.smallest_normal) & (scales <= limits.max)
+    rounded = np.empty(x.shape, np.int8)
+    rounded[plain] = np.rint(x[plain] / scales[plain].astype(x.dtype, copy=False)[:, None])
+    rounded[~plain] = rounding.quantize(x[~plain][None], dtype).codes[0]
+    return Codes(rounded, scales)
 
 
 def quantize_by_loops(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither) -> Codes:

@@ -14,6 +14,8 @@ replaces it next. The rounds tell both what the slots hold after the block and w
 
 from __future__ import annotations
 
+import math
+
 from ._array import Array, array_namespace, positions
 from .counter import DRAW_BITS, Threefry, draws
 
@@ -207,7 +209,8 @@ def weighted_rounds(
     xp = array_namespace(due)
     slots = positions(due.shape[1], due)[None, :]
     rounds = []
-    hit = due <= totals[:, -1:]
+    # A running weight beyond the dtype is reached once: no slot is due behind infinity.
+    hit = (due <= totals[:, -1:]) & (due < math.inf)
     while bool(xp.any(hit)):
         token = first_reaching(totals, due)
         rounds.append(token)
@@ -215,7 +218,7 @@ def weighted_rounds(
         drawn = _draw(hit, key, slots, safe + first, threefry)
         u = xp.astype(xp.where(hit, drawn, xp.ones_like(drawn)), xp.float64) * 2.0**-DRAW_BITS
         due = xp.where(hit, xp.take_along_axis(totals, safe, axis=-1) / u, due)
-        hit = due <= totals[:, -1:]
+        hit = (due <= totals[:, -1:]) & (due < math.inf)
     return due, rounds
 
 
