@@ -21,7 +21,7 @@ from ._compiled import compiled, in_memory
 from ._merging import WORTH_A_THREAD
 from ._rounding import quantize_by_loops, round_by_loops
 from ._threads import helped
-from ._words import LIMITS, narrowed, widened
+from ._words import LIMITS, from_roots, narrowed, widened, widened_scales
 
 __all__ = ["absorb", "absorb_by_loops"]
 
@@ -110,10 +110,11 @@ def _in_wide(means: Means, wide: Any) -> Means:
 
     def cast(x: Any) -> Any:
         if isinstance(x, Codes):
-            return dequantize(Codes(x.codes, widened(x.scales, wide)), wide)
+            return dequantize(Codes(x.codes, widened_scales(x.scales, wide)), wide)
         return widened(x, wide)
 
-    keys, values, spread, importance = map(cast, (means.keys, means.values, means.spread, means.importance))
+    keys, values = map(cast, (means.keys, means.values))
+    spread, importance = (from_roots(x, wide) for x in (means.spread, means.importance))
     return replace(means, keys=keys, values=values, spread=spread, importance=importance)
 
 
@@ -150,8 +151,10 @@ def _settled(
     return Settled(
         keys,
         values,
-        rounded(spread, dithers.spread, clusters),
-        rounded(importance, dithers.importance, clusters),
+        *(
+            rounded(np.sqrt(x) if stored in LIMITS else x, uniform, clusters)
+            for x, uniform in ((spread, dithers.spread), (importance, dithers.importance))
+        ),
         key_codes,
         value_codes,
         queries,

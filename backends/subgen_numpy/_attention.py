@@ -20,7 +20,7 @@ from subgen.weighted import causal_bias
 
 from ._compiled import compiled, in_memory
 from ._threads import helped
-from ._words import LIMITS, like, widened
+from ._words import LIMITS, from_roots, like, widened, widened_scales
 
 __all__ = ["coded_attention", "sketch_attention", "weighted_attention"]
 
@@ -56,7 +56,8 @@ def sketch_attention(
     loops = _loops_for(rows, spread, causal)
     if loops is not None:
         return _answers(loops, rows, keys, values, counts, spread)
-    keys, values, spread = (widened(x, rows.dtype) for x in (keys, values, spread))
+    keys, values = (widened(x, rows.dtype) for x in (keys, values))
+    spread = from_roots(spread, rows.dtype)
     logits = _products(rows, keys)
     if clusters:
         energy = band_means(rows * rows)
@@ -90,7 +91,10 @@ def coded_attention(
     """
     loops = _loops_for(rows, spread, causal)
     if loops is None:
-        key_codes, value_codes = (Codes(x.codes, widened(x.scales, rows.dtype)) for x in (key_codes, value_codes))
+        key_codes, value_codes = (
+            Codes(x.codes, widened_scales(x.scales, rows.dtype)) for x in (key_codes, value_codes)
+        )
+        spread = from_roots(spread, rows.dtype)
         return mass.coded_attention(rows, keys, values, counts, spread, key_codes, value_codes, causal, ops)
     return _answers(loops, rows, keys, values, counts, spread, (key_codes, value_codes))
 
@@ -112,12 +116,12 @@ def _answers(
 ) -> tuple[Floats, Floats]:
     """Attend by compiled loops, streams in threads; see `answer` of `subgen_numpy._compiled_attention`."""
     streams, m, _ = rows.shape
-    stored, scales = [keys, values, spread], [x.scales for x in coded]
+    scales = [x.scales for x in coded]
     dtype = keys.dtype if keys.dtype in LIMITS else rows.dtype
-    if any(x.dtype != dtype for x in (*stored, *scales)):
+    if any(x.dtype != dtype for x in (keys, values, spread, *scales)):
         dtype = rows.dtype
-        stored, scales = ([widened(x, dtype) for x in some] for some in (stored, scales))
-    keys, values, spread = stored
+        keys, values = widened(keys, dtype), widened(values, dtype)
+        spread, scales = from_roots(spread, dtype), [widened_scales(x, dtype) for x in scales]
     outputs = np.empty((streams, m, values.shape[-1]), rows.dtype)
     logsumexp = np.empty((streams, m), rows.dtype)
     if m % loops.ROWS:

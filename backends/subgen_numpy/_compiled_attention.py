@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from ._compiled_streams import OPTIONS, SUMS, finish, in_memory, take_next, wait
-from ._compiled_words import widen
+from ._compiled_words import widen, widen_root, widen_scale
 
 __all__ = ["ROWS", "answer"]
 
@@ -119,7 +119,7 @@ def _scale(numbers: Any, scales: Any) -> None:
     """Multiply the first numbers of each row."""
     for i in range(numbers.shape[0]):
         for j in range(scales.size):
-            numbers[i, j] *= widen(scales[j])
+            numbers[i, j] *= widen_scale(scales[j])
 
 
 @njit(fastmath=SUMS, **OPTIONS)
@@ -208,7 +208,8 @@ def _add_masses(log_counts: Any, energy: Any, spread: Any, logits: Any) -> None:
         c0, c1, c2, c3 = energy[i + 2, 0], energy[i + 2, 1], energy[i + 2, 2], energy[i + 2, 3]
         d0, d1, d2, d3 = energy[i + 3, 0], energy[i + 3, 1], energy[i + 3, 2], energy[i + 3, 3]
         for j in range(log_counts.size):
-            x0, x1, x2, x3 = widen(spread[j, 0]), widen(spread[j, 1]), widen(spread[j, 2]), widen(spread[j, 3])
+            x0, x1 = widen_root(spread[j, 0]), widen_root(spread[j, 1])
+            x2, x3 = widen_root(spread[j, 2]), widen_root(spread[j, 3])
             a = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
             b = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
             c = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3

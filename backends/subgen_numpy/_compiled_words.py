@@ -8,7 +8,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["narrow", "power_below", "widen"]
+from subgen.rounding import LARGEST_ROOT, SCALE_UNIT
+
+__all__ = ["narrow", "power_below", "widen", "widen_root", "widen_scale"]
 
 #: The feature of a processor that widens float16.
 FLOAT16_INSTRUCTIONS = "+f16c"
@@ -21,26 +23,53 @@ _INFINITE, _LEAST_NORMAL_HALF = _BITS(0x7F800000), _BITS(113 << 23)
 _SNAPS = _BITS(126 << 23)
 
 
+_WORDS = types.int16, types.uint16
+
+
 @intrinsic
 def widen(context: Any, x: Any) -> Any:
     """Give a number as float32: a word of 16 bits, an int8 or a float32."""
+    return (types.float32(x), _widened) if x in (types.float32, types.int8, *_WORDS) else None
+
+
+def _widened(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+    kind, number = signature.args[0], given[0]
+    if kind == types.float32:
+        return number
+    if kind == types.int8:
+        return builder.sitofp(number, _FLOAT)
+    if kind == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(number, _BITS), _BITS(16)), _FLOAT)
+    if FLOAT16_INSTRUCTIONS in context.codegen().magic_tuple()[2].split(","):
+        return builder.fpext(builder.bitcast(number, ir.HalfType()), _FLOAT)
+    # Without an instruction for it the compiler would call a function that is not there.
+    return _half(builder, number)
+
+
+@intrinsic
+def widen_root(context: Any, x: Any) -> Any:
+    """Give what grows as a square as float32: a word is the root of it, see `subgen.rounding.round_roots`."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        kind, number = signature.args[0], given[0]
-        if kind == types.float32:
+        number = _widened(context, builder, signature, given)
+        if x not in _WORDS:
             return number
-        if kind == types.int8:
-            return builder.sitofp(number, _FLOAT)
-        if kind == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(number, _BITS), _BITS(16)), _FLOAT)
-        if FLOAT16_INSTRUCTIONS in context.codegen().magic_tuple()[2].split(","):
-            return builder.fpext(builder.bitcast(number, ir.HalfType()), _FLOAT)
-        # Without an instruction for it the compiler would call a function that is not there.
-        return _half(builder, number)
+        largest = ir.Constant(_FLOAT, LARGEST_ROOT)
+        number = builder.select(builder.fcmp_ordered(">", number, largest), largest, number)
+        return builder.fmul(number, number)
 
-    if x in (types.float32, types.int8, types.int16, types.uint16):
-        return types.float32(x), generate
-    return None
+    return (types.float32(x), generate) if x in (types.float32, *_WORDS) else None
+
+
+@intrinsic
+def widen_scale(context: Any, x: Any) -> Any:
+    """Give the scale of codes as float32: a word is in another unit, see `subgen.rounding.scale_unit`."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        number = _widened(context, builder, signature, given)
+        return builder.fmul(number, ir.Constant(_FLOAT, SCALE_UNIT)) if x in _WORDS else number
+
+    return (types.float32(x), generate) if x in (types.float32, *_WORDS) else None
 
 
 def _half(builder: Any, number: Any) -> Any:

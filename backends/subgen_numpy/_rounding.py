@@ -12,7 +12,7 @@ from subgen.rounding import Codes, Dither
 
 from ._compiled import compiled, in_memory
 from ._threads import helped
-from ._words import LIMITS, like, narrowed, widened
+from ._words import LIMITS, like, narrowed_scales, widened_scales
 
 __all__ = ["quantize", "quantize_by_loops", "round_by_loops"]
 
@@ -30,14 +30,14 @@ def quantize(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither | N
         if x.size and x.dtype.itemsize >= 4 and compiled("rounding"):
             return quantize_by_loops(x, dtype, uniform)
         return rounding.quantize(x, dtype, uniform)
-    scales = (_peaks(x) / x.dtype.type(127)).astype(dtype)
+    scales = narrowed_scales(_peaks(x) / x.dtype.type(127), dtype)
     limits = np.finfo(scales.dtype)
     if scales.min() >= limits.smallest_normal and scales.max() <= limits.max:
-        codes = x / scales.astype(x.dtype, copy=False)[:, :, None]
+        codes = x / widened_scales(scales, x.dtype)[:, :, None]
         return Codes(np.rint(codes, out=codes).astype(np.int8), scales)
     plain = (scales >= limits.smallest_normal) & (scales <= limits.max)
     rounded = np.empty(x.shape, np.int8)
-    rounded[plain] = np.rint(x[plain] / scales[plain].astype(x.dtype, copy=False)[:, None])
+    rounded[plain] = np.rint(x[plain] / widened_scales(scales[plain], x.dtype)[:, None])
     rounded[~plain] = rounding.quantize(x[~plain][None], dtype).codes[0]
     return Codes(rounded, scales)
 
@@ -45,9 +45,9 @@ def quantize(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither | N
 def quantize_by_loops(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither) -> Codes:
     """Round vectors to 8 bits, dithered, by compiled loops that must be there; scales may be words of `_words`."""
     peak = _peaks(x)
-    scales = narrowed(peak / x.dtype.type(127), dtype)
+    scales = narrowed_scales(peak / x.dtype.type(127), dtype)
     codes = np.empty(x.shape, np.int8)
-    places, arrays = in_memory(x, peak, widened(scales, x.dtype))
+    places, arrays = in_memory(x, peak, widened_scales(scales, x.dtype))
     loops: Any = compiled("rounding")
     kind = like(x.dtype)
 

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from subgen._array import FloatInfo
+from subgen.rounding import LARGEST_ROOT, SCALE_UNIT
 
-__all__ = ["BFLOAT16", "LIMITS", "like", "narrowed", "widened"]
+__all__ = ["BFLOAT16", "LIMITS", "from_roots", "like", "narrowed", "narrowed_scales", "widened", "widened_scales"]
 
 #: In arrays of this dtype each number is a bfloat16: the upper half of a float32.
 BFLOAT16 = np.dtype(np.uint16)
@@ -34,6 +35,23 @@ def widened(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
         bits <<= _HALF
         x = bits.view(np.float32)
     return x.astype(dtype, copy=False)
+
+
+def from_roots(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """Cast what grows as squares to a dtype to compute in; see `subgen.rounding.from_roots`."""
+    if x.dtype not in LIMITS:
+        return x.astype(dtype, copy=False)
+    return np.square(np.minimum(widened(x, dtype), LARGEST_ROOT))
+
+
+def widened_scales(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """Cast the scales of codes to a dtype to compute in, in their own unit; see `subgen.rounding.scale_unit`."""
+    return widened(x, dtype) * np.dtype(dtype).type(SCALE_UNIT) if x.dtype in LIMITS else widened(x, dtype)
+
+
+def narrowed_scales(x: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:
+    """Round scales of codes to a dtype, in its unit of them."""
+    return narrowed(x / x.dtype.type(SCALE_UNIT), dtype) if np.dtype(dtype) in LIMITS else narrowed(x, dtype)
 
 
 def narrowed(x: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subgen import mass
 from subgen.merging import bands
-from subgen.rounding import Codes
+from subgen.rounding import Codes, from_roots, scale_unit
 from subgen.weighted import causal_bias
 
 from ._shared import NUMPY, by_numpy, reads_words
@@ -46,7 +46,8 @@ def sketch_attention(
     on a CPU are answered by the NumPy backend, over the same memory.
     """
     if rows.shape[1] <= _FEW_ROWS and rows.device.type == "cpu":
-        keys, values, spread = (_as_read(x, rows.dtype) for x in (keys, values, spread))
+        keys, values = _as_read(keys, rows.dtype), _as_read(values, rows.dtype)
+        spread = spread if reads_words(spread) else from_roots(spread, rows.dtype)
         outputs, logsumexp = by_numpy(NUMPY.sketch_attention, rows, keys, values, counts, spread, causal)
         return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
     with torch.no_grad():
@@ -71,8 +72,9 @@ def coded_attention(
     if rows.shape[1] > _FEW_ROWS or rows.device.type != "cpu":
         with torch.no_grad():
             return mass.coded_attention(rows, keys, values, counts, spread, key_codes, value_codes, causal, ops)
-    keys, values, spread = (_as_read(x, rows.dtype) for x in (keys, values, spread))
-    codes = (Codes(x.codes, _as_read(x.scales, rows.dtype)) for x in (key_codes, value_codes))
+    keys, values = _as_read(keys, rows.dtype), _as_read(values, rows.dtype)
+    spread = spread if reads_words(spread) else from_roots(spread, rows.dtype)
+    codes = (Codes(x.codes, _scales_as_read(x.scales, rows.dtype)) for x in (key_codes, value_codes))
     outputs, logsumexp = by_numpy(NUMPY.coded_attention, rows, keys, values, counts, spread, *codes, causal, NUMPY)
     return torch.from_numpy(outputs), torch.from_numpy(logsumexp)
 
@@ -80,6 +82,13 @@ def coded_attention(
 def _as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to the dtype to compute in, if the NumPy backend does not read what is given."""
     return x if x.dtype == dtype or reads_words(x) else x.to(dtype)
+
+
+def _scales_as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Do the same to scales of codes, which 16 bits hold in another unit."""
+    if x.dtype == dtype or reads_words(x):
+        return x
+    return x.to(dtype).mul_(scale_unit(x.dtype, torch))
 
 
 def _by_torch(
@@ -90,7 +99,7 @@ def _by_torch(
     if clusters:
         # Half the variance of the logits of the members: the sum over a band's coordinates is head_dim / bands means.
         energy = (rows * rows).unflatten(-1, (bands(rows.shape[-1]), -1)).sum(dim=-1).mul_(0.5)
-        half = torch.bmm(energy, spread.to(dtype).mT)
+        half = torch.bmm(energy, from_roots(spread, dtype).mT)
         # Free places: the logarithm of 0 is -inf, the smaller of the two is, and so is the sum.
         log_counts = counts.to(dtype).log_().unsqueeze(1)
         logits[:, :, :clusters] += torch.minimum(half, log_counts).add_(log_counts)

@@ -14,7 +14,7 @@ from typing import Any
 from ._array import Array, array_namespace, compute_dtype
 from .merging import Means, clusters_of_one, join
 from .metric import typical_direction, unusualness
-from .rounding import Codes, Dither, dequantize, quantize, round_to
+from .rounding import Codes, Dither, dequantize, from_roots, quantize, round_roots, round_to
 
 __all__ = [
     "VALUE_WEIGHT",
@@ -76,10 +76,11 @@ def collect(held: Means, keys: Array, values: Array, leave: int, weight: float) 
 def widened(means: Means, wide: object) -> Means:
     """Cast what is stored to the dtype to compute in; counts, leaders and nearest others stay."""
     xp = array_namespace(means.counts)
-    keys, values, spread, importance = (
+    keys, values = (
         dequantize(x, wide) if isinstance(x, Codes) else xp.astype(x, wide, copy=False)
-        for x in (means.keys, means.values, means.spread, means.importance)
+        for x in (means.keys, means.values)
     )
+    spread, importance = (from_roots(x, wide) for x in (means.spread, means.importance))
     return replace(means, keys=keys, values=values, spread=spread, importance=importance)
 
 
@@ -206,8 +207,8 @@ def settle(means: Means, exact: Exact, leave: int, dithers: Dithers, coded: bool
     return Settled(
         keys=xp.concat(keys, axis=1),
         values=xp.concat(values, axis=1),
-        spread=round_to(means.spread, dtype, dithers.spread),
-        importance=round_to(means.importance, dtype, dithers.importance),
+        spread=round_roots(means.spread, dtype, dithers.spread),
+        importance=round_roots(means.importance, dtype, dithers.importance),
         key_codes=key_codes,
         value_codes=value_codes,
         queries=exact.queries.each(queue),

@@ -8,7 +8,7 @@ from typing import Any
 
 from ._array import Array, array_namespace
 from .merging import band_means
-from .rounding import Codes, dequantize
+from .rounding import Codes, dequantize, from_roots
 from .weighted import causal_bias, merge_attention, weighted_attention
 
 __all__ = ["coded_attention", "half_variance", "log_weights", "sketch_attention"]
@@ -28,6 +28,7 @@ def log_weights(rows: Array, counts: Array, spread: Array) -> Array:
         Scaled queries.
     counts : array, shape (streams, clusters)
     spread : array, shape (streams, clusters, bands)
+        See `subgen.merging.Means`.
 
     Returns
     -------
@@ -36,7 +37,6 @@ def log_weights(rows: Array, counts: Array, spread: Array) -> Array:
     """
     xp = array_namespace(rows)
     counts = xp.astype(counts, rows.dtype, copy=False)
-    spread = xp.astype(spread, rows.dtype, copy=False)
     live = counts > 0
     log_counts = xp.log(xp.where(live, counts, xp.ones_like(counts)))[:, None, :]
     half = half_variance(rows, spread)
@@ -47,6 +47,7 @@ def log_weights(rows: Array, counts: Array, spread: Array) -> Array:
 def half_variance(rows: Array, spread: Array) -> Array:
     """Half the variance of the logits of the members of each cluster, for each query: ``(streams, m, clusters)``."""
     xp = array_namespace(rows)
+    spread = from_roots(spread, rows.dtype)
     energy = band_means(rows * rows) * (0.5 * rows.shape[-1] / spread.shape[-1])
     return xp.matmul(energy, xp.matrix_transpose(spread))
 

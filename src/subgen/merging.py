@@ -32,7 +32,8 @@ class Means:
     spread : array, shape (streams, clusters, bands)
         Variance of the members' keys about their mean, averaged over the coordinates of each band; see `bands`.
     importance : array, shape (streams, clusters)
-        What merging this cluster costs, see `ward_costs`; adds up in a merge.
+        What merging this cluster costs, see `ward_costs`; adds up in a merge. As they are stored in 16 bits, this and
+        the spread are roots, see `subgen.rounding.round_roots`: of the spread, the standard deviation.
     leaders : array, shape (streams, clusters, head_dim), or None
         The key that opened each cluster, in the dtype of the input; see `subgen.leaders`.
     nearest : int32 array, shape (streams, clusters), or None

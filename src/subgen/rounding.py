@@ -2,6 +2,9 @@
 
 A token moves the mean of n others by about 1/n; once that is below half a unit of the last place, rounding to nearest
 loses it every time, and the mean stands still. Dithered by one such unit, the rounding is right on average.
+
+Squares of keys of 1e-4 are below the least float16, and those of 300 beyond the largest: in 16 bits, numbers that grow
+as squares are stored as their roots, and the scales of codes in another unit.
 """
 
 from __future__ import annotations
@@ -14,15 +17,35 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, array_namespace, clip, finfo, positions
+from ._array import Array, Namespace, array_namespace, clip, finfo, positions
 from .counter import DRAW_BITS, draws, stream_key
 
-__all__ = ["GOLDEN", "SNAP", "Codes", "Dither", "dequantize", "dither", "dithers", "quantize", "round_to"]
+__all__ = [
+    "GOLDEN",
+    "LARGEST_ROOT",
+    "SCALE_UNIT",
+    "SNAP",
+    "Codes",
+    "Dither",
+    "dequantize",
+    "dither",
+    "dithers",
+    "from_roots",
+    "quantize",
+    "round_roots",
+    "round_to",
+    "scale_unit",
+]
 
 # The golden ratio: its multiples, modulo 1, are spread evenly.
 GOLDEN = 0.6180339887498949
 # Codes this near to an integer are that integer: what was read from codes goes back to the same.
 SNAP = 2.0**-10
+# The square of it fits float32.
+LARGEST_ROOT = 2.0**63
+# Unit of the scales of codes in 16 bits: a 127th of a float16 may be less than the least one, and 64 times as much is
+# a float16 still. A power of two changes no bit of others.
+SCALE_UNIT = 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,39 @@ def round_to(x: Array, dtype: object, uniform: Dither) -> Array:
     return xp.where(exact, nearest, dithered)
 
 
+def round_roots(x: Array, dtype: object, uniform: Dither) -> Array:
+    """Round numbers that grow as squares: to 16 bits their roots, dithered, and plainly to more; see `round_to`.
+
+    Parameters
+    ----------
+    x : array, shape (streams, ...)
+        float32 or float64, none below zero.
+    dtype : floating dtype
+    uniform : Dither
+
+    Returns
+    -------
+    array, shape (streams, ...)
+        `from_roots` gives them back. What did not change keeps its bits: roots of 16 bits have squares in float32.
+    """
+    xp = array_namespace(x)
+    return round_to(xp.sqrt(x) if finfo(dtype, xp).bits <= 16 else x, dtype, uniform)
+
+
+def from_roots(x: Array, dtype: object) -> Array:
+    """Return the numbers that `round_roots` stored, in a dtype of 32 bits or more.
+
+    Roots of more than `LARGEST_ROOT`, of which bfloat16 has some and float16 none, count as that.
+    """
+    xp = array_namespace(x)
+    bits = finfo(x.dtype, xp).bits
+    x = xp.astype(x, dtype, copy=False)
+    if bits > 16:
+        return x
+    x = clip(x, None, LARGEST_ROOT)
+    return x * x
+
+
 @dataclass(frozen=True)
 class Codes:
     """Vectors in 8 bits, each with one scale.
@@ -103,6 +159,7 @@ class Codes:
     codes : int8 array, shape (streams, n, dim)
         -127 to 127.
     scales : array, shape (streams, n)
+        What a code of 1 stands for; see `scale_unit` for its unit.
     """
 
     codes: Array
@@ -138,8 +195,9 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
     xp = array_namespace(x)
     magnitude = xp.abs(x)
     peak = xp.max(magnitude, axis=-1, keepdims=True)
-    scales = xp.astype(peak / 127.0, dtype)
-    step = xp.astype(scales, x.dtype)
+    unit = scale_unit(dtype, xp)
+    scales = xp.astype(peak / (127.0 * unit), dtype)
+    step = xp.astype(scales, x.dtype) * unit
     codes = x / xp.where(step > 0, step, xp.ones_like(step))
     nearest = xp.round(codes)
     rounded = nearest
@@ -154,4 +212,10 @@ def quantize(x: Array, dtype: object, uniform: Dither | None = None) -> Codes:
 def dequantize(codes: Codes, dtype: object) -> Array:
     """Return the vectors: array of the dtype, shape (streams, n, dim)."""
     xp = array_namespace(codes.codes)
-    return xp.astype(codes.codes, dtype) * xp.astype(codes.scales, dtype)[:, :, None]
+    unit = scale_unit(codes.scales.dtype, xp)
+    return xp.astype(codes.codes, dtype) * (xp.astype(codes.scales, dtype)[:, :, None] * unit)
+
+
+def scale_unit(dtype: object, xp: Namespace) -> float:
+    """Return the unit of scales of a dtype: `SCALE_UNIT` in 16 bits, 1 in more."""
+    return SCALE_UNIT if finfo(dtype, xp).bits <= 16 else 1.0

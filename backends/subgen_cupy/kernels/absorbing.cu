@@ -99,17 +99,17 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
       const long long cluster = stream * clusters + row;
       const MEAN* key = held_keys + stream * held_key_step + (long long)row * head_dim;
       const int count = held_counts[cluster];
-      const float scale = key_scales ? widen(key_scales[cluster]) : 1.0f;
+      const float scale = key_scales ? widen_scale(key_scales[cluster]) : 1.0f;
       length = or_one(widen_row(key, scale, to_key, head_dim));
       add_direction(key, scale, length, (float)count, head_dim, sum);
       widen_row(held_values + stream * held_value_step + (long long)row * value_dim,
-                value_scales ? widen(value_scales[cluster]) : 1.0f, to_value, value_dim);
+                value_scales ? widen_scale(value_scales[cluster]) : 1.0f, to_value, value_dim);
       for (int d = lane; leaders && d < head_dim; d += 32)
         leaders[place * head_dim + d] = held_leaders[cluster * head_dim + d];
-      for (int b = lane; b < bands; b += 32) spread[place * bands + b] = widen(held_spread[cluster * bands + b]);
+      for (int b = lane; b < bands; b += 32) spread[place * bands + b] = widen_root(held_spread[cluster * bands + b]);
       if (lane == 0) {
         counts[place] = count;
-        importance[place] = widen(held_importance[cluster]);
+        importance[place] = widen_root(held_importance[cluster]);
         if (nearest) nearest[place] = anew ? -1 : held_nearest[cluster];
       }
     } else {
@@ -188,7 +188,7 @@ turn_away(const MEAN* __restrict__ held_keys, const ELEMENT* __restrict__ key_sc
     const float own = lengths[stream * rows + row] * length;
     float apart;
     if (row < clusters) {
-      const float scale = key_scales ? widen(key_scales[stream * clusters + row]) : 1.0f;
+      const float scale = key_scales ? widen_scale(key_scales[stream * clusters + row]) : 1.0f;
       apart = away_from(anchor, held_keys + stream * held_key_step + (long long)row * head_dim, scale, own, head_dim);
     } else {
       const int token = row - clusters;
@@ -381,7 +381,7 @@ __device__ __forceinline__ T round_to(float x, float u, const T*) {
   return dithered;
 }
 
-template <int N>
+template <int N, bool ROOTS>
 __device__ __forceinline__ void round_parts(const float* from, ELEMENT* to, int n, int first, double golden,
                                             double drawn) {
 #pragma unroll 1
@@ -389,14 +389,17 @@ __device__ __forceinline__ void round_parts(const float* from, ELEMENT* to, int 
     const Part<float, N> part = read_part<N>(from + d);
     Part<ELEMENT, N> rounded;
 #pragma unroll
-    for (int e = 0; e < N; e++)
-      rounded.of[e] = round_to(part.of[e], dither(first + d + e, golden, drawn), (const ELEMENT*)nullptr);
+    for (int e = 0; e < N; e++) {
+      const float x = ROOTS ? root_for(part.of[e], (const ELEMENT*)nullptr) : part.of[e];
+      rounded.of[e] = round_to(x, dither(first + d + e, golden, drawn), (const ELEMENT*)nullptr);
+    }
     write_part(to + d, rounded);
   }
 }
+template <bool ROOTS = false>
 __device__ __forceinline__ void round_row(const float* from, ELEMENT* to, int n, int first, double golden, double drawn) {
-  if (n % 4) round_parts<1>(from, to, n, first, golden, drawn);
-  else round_parts<4>(from, to, n, first, golden, drawn);
+  if (n % 4) round_parts<1, ROOTS>(from, to, n, first, golden, drawn);
+  else round_parts<4, ROOTS>(from, to, n, first, golden, drawn);
 }
 
 // See `subgen.rounding.quantize`.
@@ -407,8 +410,8 @@ __device__ __forceinline__ void quantize_row(const float* from, signed char* cod
   for (int d = lane; d < n; d += 32) peak = fmaxf(peak, fabsf(from[d]));
   for (int step = 16; step; step /= 2) peak = fmaxf(peak, __shfl_xor_sync(EVERY_LANE, peak, step));
   ELEMENT scale;
-  narrow(peak / 127.0f, scale);
-  const float step = widen(scale);
+  narrow(peak / (127.0f * scale_unit((const ELEMENT*)nullptr)), scale);
+  const float step = widen_scale(scale);
   for (int d = lane; d < n; d += 32) {
     const float x = from[d], code = x / (step > 0.0f ? step : 1.0f), nearest = rintf(code);
     float rounded = fabsf(code - nearest) < 0.0009765625f ? nearest : floorf(code + dither(first + d, golden, drawn));
@@ -479,8 +482,8 @@ settle(const float* __restrict__ keys, const float* __restrict__ values, const f
       round_row(key, new_keys + index * head_dim, head_dim, row * head_dim, golden, drawn_keys);
       round_row(value, new_values + index * value_dim, value_dim, row * value_dim, golden, drawn_values);
     }
-    round_row(spread + cluster * bands, new_spread + cluster * bands, bands, row * bands, golden, drawn_spread);
-    round_row(importance + cluster, new_importance + cluster, 1, row, golden, drawn_importance);
+    round_row<true>(spread + cluster * bands, new_spread + cluster * bands, bands, row * bands, golden, drawn_spread);
+    round_row<true>(importance + cluster, new_importance + cluster, 1, row, golden, drawn_importance);
     return;
   }
   const int token = row - clusters, from = token < sink ? token : token + leave;

@@ -174,10 +174,10 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
         const long long near = stream * mean_count + min(first + a * KEYS + group, end - 1);
         extra[a][0] = (float)counts[near];
 #pragma unroll
-        for (int b = 0; b < BANDS; b++) extra[a][1 + b] = widen(spread[near * BANDS + b]);
+        for (int b = 0; b < BANDS; b++) extra[a][1 + b] = widen_root(spread[near * BANDS + b]);
         if (CODED) {
-          extra[a][OF_CLUSTER - 2] = widen(key_scales[near]);
-          extra[a][OF_CLUSTER - 1] = widen(value_scales[near]);
+          extra[a][OF_CLUSTER - 2] = widen_scale(key_scales[near]);
+          extra[a][OF_CLUSTER - 1] = widen_scale(value_scales[near]);
         }
       }
     } else {

@@ -42,6 +42,22 @@ __device__ __forceinline__ void narrow_within(float x, T& to) {
   narrow(x < -most ? -most : x > most ? most : x, to);
 }
 
+// What grows as a square, and scales of codes: in 16 bits roots, and in another unit; see `subgen.rounding`.
+__device__ __forceinline__ float widen_root(float x) { return x; }
+template <class T>
+__device__ __forceinline__ float widen_root(T x) {
+  const float root = widen(x), most = 9.223372036854775808e18f;
+  return root > most ? most * most : root * root;
+}
+__device__ __forceinline__ float root_for(float x, const float*) { return x; }
+template <class T>
+__device__ __forceinline__ float root_for(float x, const T*) { return sqrtf(x); }
+__device__ __forceinline__ float scale_unit(const float*) { return 1.0f; }
+template <class T>
+__device__ __forceinline__ float scale_unit(const T*) { return 0.015625f; }
+template <class T>
+__device__ __forceinline__ float widen_scale(T x) { return widen(x) * scale_unit((const T*)nullptr); }
+
 constexpr unsigned EVERY_LANE = 0xffffffffu;
 
 template <class T>
