@@ -200,7 +200,7 @@ def test_attention_received_is_causal_and_sums_to_the_queries() -> None:
 def test_attention_received_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = make_prefix(group=2)
     whole = attention_received(prefix, 25)
-    monkeypatch.setattr("subgen.baselines.prefix._LOGITS_AT_ONCE", 4 * STREAMS * 2 * N)
+    monkeypatch.setattr("subgen._memory.TRANSIENT_NUMBERS", 4 * STREAMS * 2 * N)
     np.testing.assert_allclose(attention_received(prefix, 25), whole, rtol=1e-5)
 
 

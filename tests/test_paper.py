@@ -182,7 +182,7 @@ def test_temporaries_are_cut_without_changing_anything(monkeypatch: pytest.Monke
     make = {"delta": 2.0, "samples_per_cluster": 2, "value_samples": 6}
     sketches = [AttentionSketch.paper(**make) for _ in range(2)]
     whole = [sketches[0].step(queries, keys, values), sketches[0].attend(queries)]
-    monkeypatch.setattr("subgen.paper._AT_ONCE", 20_000)
+    monkeypatch.setattr("subgen._memory.TRANSIENT_NUMBERS", 20_000)
     cut_up = [sketches[1].step(queries, keys, values), sketches[1].attend(queries)]
     assert_same(discrete(sketches[1].state), discrete(sketches[0].state))
     for a, b in zip(cut_up, whole, strict=True):

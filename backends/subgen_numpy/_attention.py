@@ -70,7 +70,8 @@ def sketch_attention(
         half += log_counts[:, None, :]
         logits[:, :, :clusters] += half
     if causal > 1:  # one token sees all that is held
-        logits[:, :, clusters:] += causal_bias(causal, keys.shape[1] - clusters, m // causal, rows)
+        by_head = logits.reshape(rows.shape[0], m // causal, causal, -1)
+        by_head[..., clusters:] += causal_bias(causal, keys.shape[1] - clusters, 1, rows)
     return _softmax(logits, values)
 
 

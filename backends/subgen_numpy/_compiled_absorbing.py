@@ -90,7 +90,10 @@ def absorb(
     pool_importance, pool_nearest = np.empty(total, dtype), np.empty(total, np.int64)
     centred, mapped = np.empty((total, dim), dtype), np.empty((total, dim), dtype)
     points, of_new = np.empty((total, dim + value_dim), dtype), np.empty((total, dim + value_dim), dtype)
-    half, edge, room = np.empty(total, dtype), np.empty(total, dtype), np.empty(total * total, dtype)
+    half, edge = np.empty(total, dtype), np.empty(total, dtype)
+    # Memory for costs: as many as there are pairs that are compared, and none where nothing merges.
+    room = np.empty(0, dtype)
+    compared, nearest_old = np.empty(total, np.int64), np.empty(total, np.int64)
     rows, metric, root = np.empty((window, dim), dtype), np.empty((dim, dim), dtype), np.empty((dim, dim), dtype)
     left, place = np.empty(total, np.int64), np.empty(total, np.int64)
     while True:
@@ -137,11 +140,16 @@ def absorb(
             if not _find_halves(points[:live], pool_importance, half):
                 odd[s] = True
                 break
+            m = _find_compared(pool_nearest[:live], live - most, compared, nearest_old)
+            if room.size < m * live:
+                room = np.empty(0, dtype)  # what was taken goes first
+                room = np.empty(m * live, dtype)
             first, second, others = _choose(
                 points[:live],
                 half[:live],
                 pool_importance[:live],
-                pool_nearest,
+                compared[:m],
+                nearest_old[:live],
                 live - most,
                 of_new,
                 room,
@@ -315,20 +323,9 @@ def _find_halves(points: Any, importance: Any, half: Any) -> bool:
 
 
 @njit(**OPTIONS)
-def _choose(
-    points: Any,
-    half: Any,
-    importance: Any,
-    remembered: Any,
-    surplus: int,
-    of_new: Any,
-    room: Any,
-    edge: Any,
-    integers: Any,
-) -> Any:
-    """Choose pairs as `subgen_numpy._merging` does."""
-    n = half.size
-    nearest, new, m = np.empty(n, np.int64), np.empty(n, np.int64), 0
+def _find_compared(remembered: Any, surplus: int, new: Any, nearest: Any) -> int:
+    """Find how many clusters are compared with all others, which, and whom the others remember; see `choose`."""
+    n, m = remembered.size, 0
     for i in range(n):
         if remembered[i] < 0:
             new[m] = i
@@ -340,6 +337,24 @@ def _choose(
     for i in range(n):
         other = remembered[i] if m < n else -1
         nearest[i] = other if other >= 0 and remembered[other] >= 0 else -1
+    return m
+
+
+@njit(**OPTIONS)
+def _choose(
+    points: Any,
+    half: Any,
+    importance: Any,
+    new: Any,
+    nearest: Any,
+    surplus: int,
+    of_new: Any,
+    room: Any,
+    edge: Any,
+    integers: Any,
+) -> Any:
+    """Choose pairs as `subgen_numpy._merging` does."""
+    m, n = new.size, half.size
     costs = room[: m * n].reshape(m, n)
     if m == n:
         _multiply_all(points, costs)
@@ -350,7 +365,7 @@ def _choose(
         np.dot(of_new[:m], points.T, costs)
     edges(points, half, importance, nearest, edge[:n])
     bits, edge_bits = costs.view(integers.dtype), edge[:n].view(integers.dtype)
-    return choose(costs, bits, new[:m], half, importance, nearest, edge_bits, surplus)
+    return choose(costs, bits, new, half, importance, nearest, edge_bits, surplus)
 
 
 @njit(**OPTIONS)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from subgen._array import chunks
 from subgen.merging import Means, band_means
 
 from ._compiled import compiled
@@ -28,6 +29,8 @@ Integers = NDArray[np.int64]
 _ROWS = 48
 # Rows gathered at once.
 _GATHERED = 256
+# Numbers of costs copied at once to look for the cheapest.
+_LOOKED_AT = 2**20
 # Clusters that are worth a thread.
 WORTH_A_THREAD = 512
 
@@ -40,7 +43,7 @@ def merge_closest(
     places = min(places, n)
     result = means.each(lambda x: np.empty((streams, places, *x.shape[2:]), x.dtype))
     moved = np.empty((streams, n), np.int64)
-    rooms: list[Floats] = []  # each is one thread's at a time
+    rooms: list[_Room] = []  # each is one thread's at a time
 
     def one(stream: int) -> None:
         own, room_for = (x.each(lambda x: x[stream]) for x in (means, result))
@@ -48,7 +51,7 @@ def merge_closest(
         try:
             room = rooms.pop()
         except IndexError:
-            room = np.empty(n * n, means.keys.dtype)
+            room = _Room(means.keys.dtype)
         moved[stream] = merge_stream(own, own_metric, value_scale[stream], most, room_for, room)
         rooms.append(room)
 
@@ -57,8 +60,23 @@ def merge_closest(
     return result, moved
 
 
+class _Room:
+    """Memory of the costs of the pairs of one stream after the other, taken when the first of them needs it."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._numbers: Floats = np.empty(0, dtype)
+
+    def array(self, m: int, n: int) -> Floats:
+        """Return an array of a shape, which overwrites the one before."""
+        if self._numbers.size < m * n:
+            dtype = self._numbers.dtype
+            self._numbers = np.empty(0, dtype)  # what was taken goes first
+            self._numbers = np.empty(m * n, dtype)
+        return self._numbers[: m * n].reshape(m, n)
+
+
 def merge_stream(
-    own: Means, metric: Floats | None, value_scale: Any, most: int, room_for: Means, room: Floats
+    own: Means, metric: Floats | None, value_scale: Any, most: int, room_for: Means, room: _Room
 ) -> Integers:
     """Merge the clusters of a stream.
 
@@ -68,8 +86,8 @@ def merge_stream(
         Of one stream; see `subgen.merging.merge_closest`.
     room_for : Means
         What is written: the clusters first, in their order, and zeros in free places.
-    room : array
-        n * n numbers that are written over.
+    room : _Room
+        Memory for costs.
 
     Returns
     -------
@@ -142,7 +160,7 @@ def _remembered(means: Means, surplus: int) -> Integers:
 
 
 def _choose(
-    means: Means, metric: Floats | None, value_scale: Any, surplus: int, room: Floats
+    means: Means, metric: Floats | None, value_scale: Any, surplus: int, room: _Room
 ) -> tuple[Integers, Integers, Integers]:
     """Choose disjoint pairs of a stream without free places, as `subgen.merging` does.
 
@@ -152,8 +170,8 @@ def _choose(
         Of one stream; see `subgen.merging.ward_costs`.
     surplus : int
         Most pairs.
-    room : array
-        What is written over: n * n numbers, at least.
+    room : _Room
+        Memory for the costs of the clusters that are compared with all others.
 
     Returns
     -------
@@ -166,7 +184,7 @@ def _choose(
     nearest = _remembered(means, surplus)
     new = np.flatnonzero(nearest < 0)
     m = new.size
-    costs = room[: m * n].reshape(m, n)
+    costs = room.array(m, n)
     half = np.vecdot(points, points) * dtype.type(0.5)
     largest = float(np.finfo(dtype).max) ** 0.5
     # What may overflow, or has: costs are kept finite, so that any two clusters can merge.
@@ -269,18 +287,22 @@ def _look(pairs: _Pairs, who: Integers, taken: NDArray[np.bool_], partner: Integ
     is_new = row[who] >= 0
     rows, others = who[is_new], who[~is_new]
     penalty = np.where(taken, costs.dtype.type(np.inf), costs.dtype.type(0))
-    if rows.size:
-        part = costs[row[rows]] + penalty
-        partner[rows] = where = part.argmin(axis=1)
-        cost[rows] = part[np.arange(rows.size), where]
+    # Some at a time: all of them would be copies of the costs.
+    for some in chunks(rows.size, max(1, _LOOKED_AT // n)):
+        looking = rows[some]
+        part = costs[row[looking]]
+        part += penalty
+        partner[looking] = where = part.argmin(axis=1)
+        cost[looking] = part[np.arange(looking.size), where]
     if not others.size:
         return
     partner[others], cost[others] = 0, np.inf
-    if new.size:
+    for some in chunks(others.size if new.size else 0, max(1, _LOOKED_AT // max(1, new.size))):
         # With the columns as rows: what lies together is compared.
-        columns = np.ascontiguousarray((costs[:, others] + penalty[new, None]).T)
+        looking = others[some]
+        columns = np.ascontiguousarray((costs[:, looking] + penalty[new, None]).T)
         where = columns.argmin(axis=1)
-        partner[others], cost[others] = new[where], columns[np.arange(others.size), where]
+        partner[looking], cost[looking] = new[where], columns[np.arange(looking.size), where]
     # Whom they remember, and who remembers them: the cheapest of both, of equal ones the first, is written last.
     old = np.flatnonzero(~taken & (pairs.nearest >= 0))
     old = old[~taken[pairs.nearest[old]]]

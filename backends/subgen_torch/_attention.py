@@ -104,7 +104,8 @@ def _by_torch(
         log_counts = counts.to(dtype).log_().unsqueeze(1)
         logits[:, :, :clusters] += torch.minimum(half, log_counts).add_(log_counts)
     if causal > 1:  # one token sees all that is held
-        logits[:, :, clusters:] += causal_bias(causal, keys.shape[1] - clusters, m // causal, rows)
+        by_head = logits.unflatten(1, (m // causal, causal))
+        by_head[..., clusters:] += causal_bias(causal, keys.shape[1] - clusters, 1, rows)
     return _softmax(logits, values)
 
 

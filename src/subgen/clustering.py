@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, chunks, positions
+from ._memory import pieces, transient_limit
 
 __all__ = ["append_leaders", "assign_leaders", "room_for", "squared_distances"]
 
@@ -61,12 +62,36 @@ def assign_leaders(keys: Array, centres: Array, n_clusters: Array, delta: float)
         Whether the key opened its cluster and is its representative.
     """
     xp = array_namespace(keys)
+    streams, n = keys.shape[:2]
+    if len(pieces(n, n, keys)) > 1:
+        return _assign_in_parts(keys, centres, n_clusters, delta)
+    parts = pieces(streams, n * max(n, centres.shape[1]), keys)
+    if len(parts) == 1:
+        return _assign(keys, centres, n_clusters, delta)
+    some = [_assign(keys[part, ...], centres[part, ...], n_clusters[part], delta) for part in parts]
+    return xp.concat([assignment for assignment, _ in some], axis=0), xp.concat([opened for _, opened in some], axis=0)
+
+
+def _assign_in_parts(keys: Array, centres: Array, n_clusters: Array, delta: float) -> tuple[Array, Array]:
+    """Assign one part of a long block after the other: the distances within each are bounded."""
+    xp = array_namespace(keys)
+    some = []
+    for part in chunks(keys.shape[1], math.isqrt(transient_limit(keys))):
+        assignment, opened = assign_leaders(keys[:, part, :], centres, n_clusters, delta)
+        after = n_clusters + xp.sum(xp.astype(opened, xp.int64), axis=-1)
+        lacking = max(0, int(xp.max(after)) - centres.shape[1])
+        centres = xp.concat([centres, xp.zeros_like(keys[:, :lacking, :])], axis=1)
+        centres = append_leaders(centres, n_clusters, keys[:, part, :], opened)
+        n_clusters = after
+        some.append((assignment, opened))
+    return xp.concat([assignment for assignment, _ in some], axis=1), xp.concat([opened for _, opened in some], axis=1)
+
+
+def _assign(keys: Array, centres: Array, n_clusters: Array, delta: float) -> tuple[Array, Array]:
+    """Assign the keys of all streams together; see `assign_leaders`."""
+    xp = array_namespace(keys)
     n = keys.shape[1]
-    to_centres = squared_distances(keys, centres)
-    live = positions(centres.shape[1], keys)[None, None, :] < n_clusters[:, None, None]
-    to_centres = xp.where(live, to_centres, xp.full_like(to_centres, math.inf))
-    assignment = xp.argmin(to_centres, axis=-1)
-    nearest = xp.min(to_centres, axis=-1)
+    assignment, nearest = _nearest_centres(keys, centres, n_clusters)
     opened = xp.zeros_like(nearest, dtype=xp.bool)
     uncovered = xp.sqrt(nearest) > delta
     if not bool(xp.any(uncovered)):
@@ -88,6 +113,21 @@ def assign_leaders(keys: Array, centres: Array, n_clusters: Array, delta: float)
         next_cluster = next_cluster + xp.astype(opens, xp.int64)
         uncovered = xp.sqrt(nearest) > delta
     return assignment, opened
+
+
+def _nearest_centres(keys: Array, centres: Array, n_clusters: Array) -> tuple[Array, Array]:
+    """Find the nearest representative of each key, and its squared distance: ``(streams, n)`` each."""
+    xp = array_namespace(keys)
+    live = positions(centres.shape[1], keys)[None, None, :] < n_clusters[:, None, None]
+    places, distances = [], []
+    for part in pieces(keys.shape[1], keys.shape[0] * centres.shape[1], keys):
+        squared = squared_distances(keys[:, part, :], centres)
+        squared = xp.where(live, squared, xp.full_like(squared, math.inf))
+        places.append(xp.argmin(squared, axis=-1))
+        distances.append(xp.min(squared, axis=-1))
+    if len(places) == 1:
+        return places[0], distances[0]
+    return xp.concat(places, axis=1), xp.concat(distances, axis=1)
 
 
 def room_for(n_clusters: int) -> int:

@@ -6,13 +6,11 @@ import math
 
 from ._array import Array, array_namespace, chunks, compute_dtype
 from ._checks import check_block, check_groups, check_scale
+from ._memory import pieces, transient_limit
 from .backends import Operations, operations_for
-from .weighted import causal_bias, fold_groups
+from .weighted import causal_bias, merge_attention, scaled
 
 __all__ = ["attention"]
-
-# Logits held at once (numbers, not bytes): bounds the memory of one call whatever its size.
-_LOGITS_AT_ONCE = 1 << 23
 
 
 def attention(
@@ -50,6 +48,11 @@ def attention(
     ValueError
         If shapes do not fit, a block is empty, a number is NaN or infinite, or ``causal`` with ``m > n``.
 
+    Notes
+    -----
+    Beside its arguments and its result a call takes a constant amount of memory, whatever the shapes: it computes a
+    bounded number of logits at a time, and casts 16-bit keys and values in parts (docs/howto/numpy.md).
+
     Examples
     --------
     >>> import numpy as np, subgen
@@ -82,27 +85,52 @@ def _attention(
     ops: Operations,
 ) -> Array:
     xp = array_namespace(keys)
-    dtype = compute_dtype(keys)
-    streams = math.prod(keys.shape[:-2])
-    m, n = queries.shape[-2], keys.shape[-2]
-    k = xp.reshape(keys, (streams, n, keys.shape[-1]))
-    v = xp.reshape(values, (streams, n, values.shape[-1]))
-    rows = fold_groups(xp.astype(queries, dtype, copy=False) * scale, kv_heads)
-    group = rows.shape[1] // m
-    rows = xp.reshape(rows, (streams, group, m, rows.shape[-1]))
-    pieces = []
-    # A NumPy matmul of 16-bit floats is unusably slow: widen once, not once per piece.
-    k, v = xp.astype(k, dtype, copy=False), xp.astype(v, dtype, copy=False)
-    for part in chunks(m, max(1, _LOGITS_AT_ONCE // max(1, n * streams * group))):
-        size = part.stop - part.start
-        piece = xp.reshape(rows[:, :, part, :], (streams, group * size, rows.shape[-1]))
-        seen = n - m + part.stop if causal else n
-        out, _ = ops.weighted_attention(
-            piece,
-            k[:, :seen, :],
-            v[:, :seen, :],
-            causal_bias(size, seen, group, k) if causal else xp.zeros((1, 1, seen), dtype=dtype, device=k.device),
-        )
-        pieces.append(xp.reshape(out, (streams, group, size, v.shape[-1])))
-    out = pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=2)
-    return xp.reshape(xp.astype(out, keys.dtype, copy=False), (*queries.shape[:-1], values.shape[-1]))
+    streams, group = math.prod(keys.shape[:-2]), (queries.shape[-3] if len(queries.shape) > 2 else 1) // kv_heads
+    (m, n), (head_dim, value_dim) = (queries.shape[-2], keys.shape[-2]), (keys.shape[-1], values.shape[-1])
+    q = xp.reshape(queries, (streams, group, m, head_dim))
+    k, v = xp.reshape(keys, (streams, n, head_dim)), xp.reshape(values, (streams, n, value_dim))
+    # At least the logits of one query of each head; keys and values too where they are cast.
+    numbers = n * (group if keys.dtype == compute_dtype(keys) else max(group, head_dim, value_dim))
+    outputs = [
+        _some_streams(q[part, ...], k[part, ...], v[part, ...], scale, causal, numbers // n, ops)
+        for part in pieces(streams, numbers, keys)
+    ]
+    return xp.reshape(outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=0), (*queries.shape[:-1], value_dim))
+
+
+def _some_streams(
+    queries: Array, keys: Array, values: Array, scale: float, causal: bool, numbers: int, ops: Operations
+) -> Array:
+    """Answer queries of shape (streams, group, m, head_dim), of as many streams as fit or of one.
+
+    Where the keys of one stream are too many, partial answers are merged; ``numbers`` is what a key takes at least.
+    """
+    xp = array_namespace(keys)
+    dtype, value_dim = compute_dtype(keys), values.shape[-1]
+    (streams, group, m, head_dim), n = queries.shape, keys.shape[1]
+    parts = pieces(n, streams * numbers, keys)
+    each = streams * group * max(parts[0].stop, head_dim, value_dim)
+    rows = chunks(m, max(1, transient_limit(keys) // each))
+    partial: dict[int, tuple[Array, Array]] = {}
+    outputs: list[Array] = [None] * len(rows)
+    for part in parts:
+        # A NumPy matmul of 16-bit floats is unusably slow: cast once, not once for each piece of the queries.
+        k, v = (xp.astype(x[:, part, :], dtype, copy=False) for x in (keys, values))
+        for i, some in enumerate(rows):
+            size, seen = some.stop - some.start, n - m + some.stop if causal else n
+            if seen <= part.start:
+                continue
+            used = min(part.stop, seen) - part.start
+            bias = xp.zeros((1, 1, used), dtype=dtype, device=k.device)
+            if causal:
+                bias = causal_bias(size, seen, group, k, slice(part.start, part.start + used))
+            q = xp.reshape(scaled(queries[:, :, some, :], scale), (streams, group * size, head_dim))
+            answer = ops.weighted_attention(q, k[:, :used, :], v[:, :used, :], bias)
+            if i in partial:
+                answer = merge_attention(partial.pop(i), answer)
+            if seen > part.stop:
+                partial[i] = answer
+            else:
+                output = xp.astype(answer[0], keys.dtype, copy=False)
+                outputs[i] = xp.reshape(output, (streams, group, size, value_dim))
+    return outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._array import Array, array_namespace
 from ._checks import check_block, check_integer
+from ._memory import pieces
 from .clustering import assign_leaders
 
 __all__ = ["delta_for_clusters", "k_center_radii"]
@@ -42,12 +43,18 @@ def k_center_radii(keys: Array, k: int) -> Array:
     xp = array_namespace(keys)
     n = keys.shape[-2]
     k = check_integer("k", k, maximum=n)
-    points = xp.astype(xp.reshape(keys, (-1, n, keys.shape[-1])), xp.float64)
+    points = xp.reshape(keys, (-1, n, keys.shape[-1]))
     farthest = xp.zeros((points.shape[0], 1), dtype=xp.int64, device=keys.device)
     squared, radii = None, []
+    parts = pieces(n, points.shape[0] * points.shape[-1], keys)
+    if len(parts) == 1:
+        points = xp.astype(points, xp.float64)
     for _ in range(k):
-        centre = xp.take_along_axis(points, farthest[:, :, None], axis=1)
-        distance = xp.sum((points - centre) ** 2, axis=-1)
+        centre = xp.astype(xp.take_along_axis(points, farthest[:, :, None], axis=1), xp.float64, copy=False)
+        distances = [
+            xp.sum((xp.astype(points[:, part, :], xp.float64, copy=False) - centre) ** 2, axis=-1) for part in parts
+        ]
+        distance = distances[0] if len(parts) == 1 else xp.concat(distances, axis=-1)
         squared = distance if squared is None else xp.minimum(squared, distance)
         radii.append(xp.max(squared, axis=-1, keepdims=True))
         farthest = xp.argmax(squared, axis=-1, keepdims=True)
@@ -63,7 +70,7 @@ def delta_for_clusters(keys: Array, n_clusters: int) -> float:
     Parameters
     ----------
     keys : array, shape (..., n, head_dim)
-        A sample of the stream. Its pairwise distances are held at once: a few thousand keys at most.
+        A sample of the stream; the time grows with the square of its length.
     n_clusters : int
         At least 1.
 

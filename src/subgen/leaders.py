@@ -8,6 +8,7 @@ of its leader, and so within ``2 delta`` of the mean.
 from __future__ import annotations
 
 from ._array import Array, array_namespace, positions
+from ._memory import pieces
 from .backends import Operations
 from .clustering import append_leaders
 from .merging import Means, band_means, n_live
@@ -42,25 +43,58 @@ def join_leaders(held: Means, more: Means, delta: float, ops: Operations) -> tup
     held = held.with_each(more, lambda a, b: xp.concat([a, xp.zeros_like(b)], axis=1))
     assignment, opened = ops.assign_leaders(more.leaders, held.leaders, before, delta)
     leaders = append_leaders(held.leaders, before, more.leaders, opened)
-    member = assignment[:, :, None] == positions(held.counts.shape[1], held.keys)[None, None, :]
     weights = xp.astype(more.counts, wide)[:, :, None]
-    by_cluster = xp.matrix_transpose(xp.astype(member, wide))
-    added = xp.sum(xp.where(member, more.counts[:, :, None], xp.zeros_like(more.counts[:, :1, None])), axis=1)
-    counts = held.counts + xp.astype(added, xp.int32)
     old = xp.astype(held.counts, wide)[:, :, None]
-    total = xp.astype(xp.where(counts > 0, counts, xp.ones_like(counts)), wide)[:, :, None]
     # Sums of differences from the mean, or from the leader of a cluster that opens: float32 keeps their digits.
     base = xp.where(old > 0, held.keys, xp.astype(leaders, wide, copy=False))
     difference = more.keys - xp.take_along_axis(base, assignment[:, :, None], axis=1)
-    shift = xp.matmul(by_cluster, weights * difference) / total
     value_difference = more.values - xp.take_along_axis(held.values, assignment[:, :, None], axis=1)
-    squares = xp.matmul(by_cluster, weights * (band_means(difference * difference) + more.spread))
+    added, shift, value_shift, squares, importance = _sums(
+        assignment,
+        held.counts.shape[1],
+        more.counts,
+        weights * difference,
+        weights * value_difference,
+        weights * (band_means(difference * difference) + more.spread),
+        more.importance[:, :, None],
+    )
+    counts = held.counts + xp.astype(added, xp.int32)
+    total = xp.astype(xp.where(counts > 0, counts, xp.ones_like(counts)), wide)[:, :, None]
+    shift = shift / total
     spread = (old * held.spread + squares) / total - band_means(shift * shift)
     return Means(
         keys=base + shift,
-        values=held.values + xp.matmul(by_cluster, weights * value_difference) / total,
+        values=held.values + value_shift / total,
         counts=counts,
         spread=xp.where(spread > 0, spread, xp.zeros_like(spread)),
-        importance=held.importance + xp.matmul(by_cluster, more.importance[:, :, None])[:, :, 0],
+        importance=held.importance + importance[:, :, 0],
         leaders=leaders,
     ), assignment
+
+
+def _sums(assignment: Array, places: int, counts: Array, *numbers: Array) -> list[Array]:
+    """Sum what joins each cluster, a few clusters at a time.
+
+    Parameters
+    ----------
+    assignment : int64 array, shape (streams, n)
+        The place of the cluster that each joins.
+    places : int
+    counts : integer array, shape (streams, n)
+    *numbers : array, shape (streams, n, ...)
+
+    Returns
+    -------
+    list of array, shape (streams, places) and (streams, places, ...)
+    """
+    xp = array_namespace(counts)
+    streams, n = counts.shape
+    zero = xp.zeros_like(counts[:, :1, None])
+    place = positions(places, counts)[None, None, :]
+    some = []
+    for part in pieces(places, streams * n, counts):
+        member = assignment[:, :, None] == place[:, :, part]
+        added = xp.sum(xp.where(member, counts[:, :, None], zero), axis=1)
+        by_cluster = xp.matrix_transpose(xp.astype(member, numbers[0].dtype))
+        some.append([added, *(xp.matmul(by_cluster, x) for x in numbers)])
+    return some[0] if len(some) == 1 else [xp.concat(list(x), axis=1) for x in zip(*some, strict=True)]

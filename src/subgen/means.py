@@ -22,8 +22,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
-from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, positions
+from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, narrow, positions
 from ._checks import check_scale
+from ._memory import pieces
 from .absorbing import Absorption, Dithers, Exact, Settled, means_and_exact, widened
 from .backends import Operations
 from .blocks import Tokens, Turn
@@ -53,8 +54,6 @@ __all__ = [
 
 Storage = Literal["input", "int8"]
 
-# Logits held at once (numbers, not bytes).
-_NUMBERS_AT_ONCE = 1 << 22
 # Importance falls with the root of the position, from 1 here: what came early was merged in a smaller crowd, and later
 # answers depend on it as much (docs/experiments.md).
 _EARLY = 1000.0
@@ -229,6 +228,17 @@ class ClusterMeans:
         self, state: MeansState, keys: Array, values: Array, queries: Array | None, heads: Array, ops: Operations
     ) -> MeansState:
         """Absorb tokens; see `subgen.method.Method.update`."""
+        parts = self._parts(state, keys)
+        if len(parts) == 1:  # as a rule, and slices of a single token take as long as the rest here
+            return self._update(state, keys, values, queries, heads, ops)
+        for part in parts:
+            some = None if queries is None else queries[:, :, part, :]
+            state = self._update(state, keys[:, part, :], values[:, part, :], some, heads, ops)
+        return state
+
+    def _update(
+        self, state: MeansState, keys: Array, values: Array, queries: Array | None, heads: Array, ops: Operations
+    ) -> MeansState:
         codes = None if queries is None else self._codes(state, queries, ops)
         start, n = 0, keys.shape[1]
         while start < n:
@@ -245,23 +255,41 @@ class ClusterMeans:
         self, state: MeansState, queries: Array, keys: Array, values: Array, heads: Array, ops: Operations
     ) -> tuple[MeansState, Array]:
         """Absorb tokens and answer each of them; see `subgen.method.Method.step`."""
-        xp = array_namespace(keys)
-        streams, group, n, head_dim = queries.shape
+        n, head_dim = queries.shape[2:]
         scale = check_scale(self.scale, head_dim)
         if n == 1:
             state, output = self._decode(state, queries[:, :, 0, :], keys, values, scale, heads, ops)
             return state, output[:, :, None, :]
-        rows = scaled(queries, scale)
+        outputs: list[Array] = []
+        for part in self._parts(state, keys):
+            some = queries[:, :, part, :], keys[:, part, :], values[:, part, :]
+            state, answers = self._step(state, *some, scale, heads, ops)
+            outputs += answers
+        return state, outputs[0] if len(outputs) == 1 else array_namespace(keys).concat(outputs, axis=2)
+
+    def _step(
+        self, state: MeansState, queries: Array, keys: Array, values: Array, scale: float, heads: Array, ops: Operations
+    ) -> tuple[MeansState, list[Array]]:
         codes = self._codes(state, queries, ops)
         outputs, start = [], 0
-        while start < n:
+        while start < keys.shape[1]:
             state, part = self._take(state, keys, values, codes, start, heads, ops)
-            size = part.stop - part.start
-            piece = xp.reshape(rows[:, :, part, :], (streams, group * size, head_dim))
-            output, _ = _answer(state, piece, size, ops)
-            outputs.append(xp.reshape(output, (streams, group, size, output.shape[-1])))
+            outputs += self._answers(state, queries[:, :, part, :], scale, ops)
             start = part.stop
-        return state, outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)
+        return state, outputs
+
+    def _answers(self, state: MeansState, queries: Array, scale: float, ops: Operations) -> list[Array]:
+        """Answer the queries of the last tokens, a few tokens at a time: arrays (streams, group, tokens, value_dim)."""
+        xp = array_namespace(queries)
+        streams, group, n, head_dim = queries.shape
+        pairs = state.counts.shape[1] + state.n_exact
+        outputs = []
+        for part in pieces(n, streams * group * max(pairs, head_dim, state.values.shape[-1]), queries):
+            size = part.stop - part.start
+            rows = xp.reshape(scaled(queries[:, :, part, :], scale), (streams, group * size, head_dim))
+            output, _ = _answer(state, rows, size, ops, later=n - part.stop)
+            outputs.append(xp.reshape(narrow(output, queries), (streams, group, size, output.shape[-1])))
+        return outputs
 
     def _decode(
         self, state: MeansState, queries: Array, keys: Array, values: Array, scale: float, heads: Array, ops: Operations
@@ -273,11 +301,10 @@ class ClusterMeans:
 
     def attend(self, state: MeansState, rows: Array, ops: Operations) -> tuple[Array, Array]:
         """Answer queries from the state; see `subgen.method.Method.attend`."""
-        pairs = state.n_exact + state.counts.shape[1]
-        size = max(1, _NUMBERS_AT_ONCE // (rows.shape[0] * pairs))
-        if rows.shape[1] <= size:
+        parts = pieces(rows.shape[1], rows.shape[0] * (state.n_exact + state.counts.shape[1]), rows)
+        if len(parts) == 1:
             return _answer(state, rows, 0, ops)
-        return join_rows([_answer(state, rows[:, part, :], 0, ops) for part in chunks(rows.shape[1], size)])
+        return join_rows([_answer(state, rows[:, part, :], 0, ops) for part in parts])
 
     def attend_with_error(self, state: MeansState, rows: Array, ops: Operations) -> tuple[Array, Array, Array]:
         """Answer queries by the corrected estimator; see `subgen.residual.correct`.
@@ -292,16 +319,17 @@ class ClusterMeans:
         if residual is None:
             raise ValueError("this sketch keeps no residual sample")
         means = self.means(state, rows.dtype)
-        numbers = rows.shape[0] * residual.keys.shape[1] * state.values.shape[-1]
+        # The value of each slot, and of each cluster, against each answer.
+        others = max(residual.keys.shape[1], state.counts.shape[1]) * state.values.shape[-1]
         absorbed = state.n_seen - state.n_exact
-        pieces = []
-        for part in chunks(rows.shape[1], max(1, _NUMBERS_AT_ONCE // numbers)):
+        answers = []
+        for part in pieces(rows.shape[1], rows.shape[0] * max(others, state.n_exact + state.counts.shape[1]), rows):
             output, logsumexp = _answer(state, rows[:, part, :], 0, ops)
             if absorbed:
-                pieces.append(correct(rows[:, part, :], output, logsumexp, means, residual, absorbed))
+                answers.append(correct(rows[:, part, :], output, logsumexp, means, residual, absorbed))
             else:
-                pieces.append((output, xp.zeros_like(output), logsumexp))
-        return tuple(xp.concat([piece[i] for piece in pieces], axis=1) for i in range(3))
+                answers.append((output, xp.zeros_like(output), logsumexp))
+        return tuple(xp.concat([answer[i] for answer in answers], axis=1) for i in range(3))
 
     def _take(
         self,
@@ -323,6 +351,20 @@ class ClusterMeans:
             mine = slice(start + skip, part.stop)
             codes = codes.part(mine)
         return self.append(state, keys[:, part, :], values[:, part, :], codes, ops), part
+
+    def _parts(self, state: MeansState, keys: Array) -> list[slice]:
+        """Cut a long block into parts, of which the queries in 8 bits take bounded memory.
+
+        The window is full where a part ends: blocks of half a window stay whole.
+        """
+        streams, n, head_dim = keys.shape
+        cut = pieces(n, -(-streams * head_dim // 4), keys)  # four codes take the memory of a number
+        if len(cut) == 1:
+            return cut
+        first = min(n, self.sink + self.window - state.n_exact)
+        size = max(1, cut[0].stop // self.block) * self.block
+        later = [slice(first + part.start, first + part.stop) for part in chunks(n - first, size)]
+        return [slice(0, first), *later] if first else later
 
     def make_room(self, state: MeansState, heads: Array, ops: Operations) -> MeansState:
         """Absorb the oldest half of the window if it is full, as the next token needs it.
@@ -530,9 +572,12 @@ class ClusterMeans:
         return widened(self.stored(state), wide)
 
 
-def _answer(state: MeansState, rows: Array, causal: int, ops: Operations) -> tuple[Array, Array]:
-    """Outputs and logsumexp over the clusters, the sinks and the window; `causal` as in `sketch_attention`."""
-    used = state.n_means + state.n_exact
+def _answer(state: MeansState, rows: Array, causal: int, ops: Operations, later: int = 0) -> tuple[Array, Array]:
+    """Outputs and logsumexp over the clusters, the sinks and the window.
+
+    ``causal`` is that of `subgen.mass.sketch_attention`; none of the queries sees the last ``later`` tokens.
+    """
+    used = state.n_means + state.n_exact - later
     return answer(state, rows, state.keys[:, :used, :], state.values[:, :used, :], causal, ops)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ._array import Array, array_namespace, clip, positions
+from ._memory import pieces
 
 __all__ = ["Means", "band_means", "bands", "clusters_of_one", "join", "merge_closest", "n_live", "nobody", "ward_costs"]
 
@@ -61,6 +62,10 @@ class Means:
     def part(self, places: slice) -> Means:
         """Return the clusters in some places."""
         return self.each(lambda x: x[:, places, ...])
+
+    def of_streams(self, streams: slice) -> Means:
+        """Return the clusters of some streams."""
+        return self.each(lambda x: x[streams, ...])
 
     def arrays(self) -> tuple[Array | None, ...]:
         """Return the arrays, in the order of the fields."""
@@ -152,16 +157,18 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
     cross = xp.matmul(mapped, xp.matrix_transpose(keys)) + xp.matmul(values, xp.matrix_transpose(values))
     # The two halves of a product may round differently; mutual neighbours need exact symmetry.
     cross = cross + xp.matrix_transpose(cross)
-    squared = norms[:, :, None] + norms[:, None, :] - cross
-    w = means.importance
-    total = w[:, :, None] + w[:, None, :]
-    factor = w[:, :, None] * w[:, None, :] / xp.where(total > 0, total, xp.ones_like(total))
+    w, index = means.importance, positions(keys.shape[1], keys)
     # No cost is infinite but where nothing may merge, whatever the keys.
-    largest = float(xp.finfo(squared.dtype).max) ** 0.5
-    costs = xp.where(squared > 0, clip(squared, None, largest), xp.zeros_like(squared)) * factor
-    index = positions(keys.shape[1], keys)
-    possible = live[:, :, None] & live[:, None, :] & (index[:, None] != index[None, :])[None, :, :]
-    return xp.where(possible, costs, xp.full_like(costs, math.inf))
+    largest = float(xp.finfo(cross.dtype).max) ** 0.5
+    rows = []
+    for part in pieces(keys.shape[1], keys.shape[0] * keys.shape[1], keys):
+        squared = norms[:, part, None] + norms[:, None, :] - cross[:, part, :]
+        total = w[:, part, None] + w[:, None, :]
+        factor = w[:, part, None] * w[:, None, :] / xp.where(total > 0, total, xp.ones_like(total))
+        costs = xp.where(squared > 0, clip(squared, None, largest), xp.zeros_like(squared)) * factor
+        possible = live[:, part, None] & live[:, None, :] & (index[part, None] != index[None, :])[None, :, :]
+        rows.append(xp.where(possible, costs, xp.full_like(costs, math.inf)))
+    return rows[0] if len(rows) == 1 else xp.concat(rows, axis=1)
 
 
 def merge_closest(
@@ -189,7 +196,40 @@ def merge_closest(
         that did not merge among themselves; where nothing had to merge in a stream, what it was.
     moved : int64 array, shape (streams, places before)
         The new place of each cluster that was given.
+
+    Notes
+    -----
+    Where something has to merge, the costs of all pairs of a stream are held at once. Streams take turns where those of
+    all together are beyond `subgen._memory.transient_limit`.
     """
+    streams, n = means.counts.shape
+    xp = array_namespace(means.counts)
+    parts = pieces(streams, n * n, means.counts)
+    if len(parts) == 1 or not bool(xp.any(n_live(means) > most)):
+        return _merge_closest(means, metric, value_scale, most, places)
+    some = [
+        _merge_closest(
+            means.of_streams(part),
+            metric if metric is None or metric.shape[0] == 1 else metric[part, ...],
+            value_scale[part],
+            most,
+            places,
+        )
+        for part in parts
+    ]
+    return _stacked([merged for merged, _ in some]), xp.concat([moved for _, moved in some], axis=0)
+
+
+def _stacked(parts: list[Means]) -> Means:
+    """Put the streams of some behind those of others."""
+    columns = zip(*(part.arrays() for part in parts), strict=True)
+    return Means(*(None if x[0] is None else array_namespace(x[0]).concat(list(x), axis=0) for x in columns))
+
+
+def _merge_closest(
+    means: Means, metric: Array | None, value_scale: Array, most: int, places: int
+) -> tuple[Means, Array]:
+    """Merge the clusters of all streams together; see `merge_closest`."""
     xp = array_namespace(means.keys)
     moved = xp.broadcast_to(positions(means.counts.shape[1], means.keys)[None, :], means.counts.shape)
     while True:
@@ -198,8 +238,7 @@ def merge_closest(
             break
         costs = ward_costs(means, metric, value_scale)
         if means.nearest is not None:
-            compared = _compared(means.nearest, means.counts > 0, surplus)
-            costs = xp.where(compared, costs, xp.full_like(costs, math.inf))
+            costs = _of_compared(costs, means.nearest, means.counts > 0, surplus)
         partner, keeps, goes, nearest = _match(costs, surplus)
         means = _merge(means, partner, keeps, goes)
         if means.nearest is not None:
@@ -215,14 +254,26 @@ def merge_closest(
     return means.each(lambda x: _pick(x, order[:, :places])), moved
 
 
-def _compared(nearest: Array, live: Array, surplus: Array) -> Array:
-    """Tell which pairs are compared: bool, shape (streams, n, n)."""
+def _of_compared(costs: Array, nearest: Array, live: Array, surplus: Array) -> Array:
+    """Return the costs of the pairs that are compared, infinity elsewhere: shape (streams, n, n)."""
+    xp = array_namespace(costs)
+    rows = []
+    for part in pieces(costs.shape[1], costs.shape[0] * costs.shape[1], costs):
+        some = costs[:, part, :]
+        rows.append(xp.where(_compared(nearest, live, surplus, part), some, xp.full_like(some, math.inf)))
+    return rows[0] if len(rows) == 1 else xp.concat(rows, axis=1)
+
+
+def _compared(nearest: Array, live: Array, surplus: Array, rows: slice = slice(None)) -> Array:
+    """Tell which pairs of some clusters and all others are compared: bool, shape (streams, rows, n)."""
     xp = array_namespace(nearest)
-    remembered = nearest[:, :, None] == xp.astype(positions(nearest.shape[1], nearest), xp.int32)[None, None, :]
+    index = xp.astype(positions(nearest.shape[1], nearest), xp.int32)
+    remembered = nearest[:, rows, None] == index[None, None, :]
+    remembered = remembered | (nearest[:, None, :] == index[None, rows, None])
     new = (nearest < 0) & live
     few = xp.sum(xp.astype(new, xp.int64), axis=-1, keepdims=True) < 2 * surplus - 1
     new = new | few
-    return new[:, :, None] | new[:, None, :] | remembered | xp.matrix_transpose(remembered)
+    return new[:, rows, None] | new[:, None, :] | remembered
 
 
 def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array, Array]:
@@ -253,9 +304,8 @@ def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array, Array]:
     while True:
         taken = keeps | goes
         penalty = xp.where(taken, xp.full_like(costs[:, 0, :], math.inf), xp.zeros_like(costs[:, 0, :]))
-        open_costs = costs + penalty[:, None, :]
-        partner = xp.argmin(open_costs, axis=-1)
-        cost = xp.take_along_axis(open_costs, partner[:, :, None], axis=2)[:, :, 0] + penalty
+        partner, cost = _cheapest(costs, penalty)
+        cost = cost + penalty
         mutual = (xp.take_along_axis(partner, partner, axis=1) == index) & (cost < math.inf)
         first = mutual & (index < partner)
         # The cheapest of the pairs, as many as the surplus.
@@ -268,6 +318,20 @@ def _match(costs: Array, surplus: Array) -> tuple[Array, Array, Array, Array]:
         chosen = xp.where(first | second, partner, chosen)
         keeps, goes = keeps | first, goes | second
         surplus = surplus - xp.sum(xp.astype(first, xp.int64), axis=-1, keepdims=True)
+
+
+def _cheapest(costs: Array, penalty: Array) -> tuple[Array, Array]:
+    """Find the cheapest partner of each cluster, and that cost with the partner's penalty: ``(streams, n)`` each."""
+    xp = array_namespace(costs)
+    partners, least = [], []
+    for part in pieces(costs.shape[1], costs.shape[0] * costs.shape[1], costs):
+        open_costs = costs[:, part, :] + penalty[:, None, :]
+        partner = xp.argmin(open_costs, axis=-1)
+        partners.append(partner)
+        least.append(xp.take_along_axis(open_costs, partner[:, :, None], axis=2)[:, :, 0])
+    if len(partners) == 1:
+        return partners[0], least[0]
+    return xp.concat(partners, axis=1), xp.concat(least, axis=1)
 
 
 def _merge(means: Means, partner: Array, keeps: Array, goes: Array) -> Means:

@@ -18,10 +18,12 @@ both of them one weighted attention, so that large logits do no harm.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ._array import Array, array_namespace, chunks, clip, compute_dtype, positions
+from ._array import Array, array_namespace, chunks, clip, compute_dtype, narrow, positions
 from ._checks import check_scale
+from ._memory import pieces, transient_limit
 from .backends import Operations
 from .clustering import append_leaders, room_for
 from .counter import stream_key
@@ -35,8 +37,7 @@ __all__ = ["CLUSTER_DRAWS", "VALUE_DRAWS", "Paper", "flat", "with_room"]
 # What is drawn, told apart; 3 to 7 are those of `subgen.means`.
 CLUSTER_DRAWS, VALUE_DRAWS = 1, 2
 
-# Numbers held at once by the temporaries of a block, per kind.
-_AT_ONCE = 1 << 22
+# Most tokens of a block.
 _BLOCK = 512
 # Numbers of values beyond this are sampled as if they were this: the sum of squares over any stream stays finite, and
 # the estimator without bias, as it divides by the same.
@@ -110,12 +111,13 @@ class Paper:
     ) -> tuple[PaperState, Array]:
         """Absorb tokens and answer each of them; see `subgen.method.Method.step`."""
         xp = array_namespace(keys)
-        rows = scaled(queries, check_scale(self.scale, queries.shape[-1]))
+        scale = check_scale(self.scale, queries.shape[-1])
         outputs, start, n = [], 0, keys.shape[1]
         while start < n:
-            part = slice(start, min(n, start + self._block(state, rows.shape[1])))
-            state, output = self._advance(state, keys[:, part, :], values[:, part, :], heads, ops, rows[:, :, part, :])
-            outputs.append(output)
+            part = slice(start, min(n, start + self._block(state, queries.shape[1])))
+            rows = scaled(queries[:, :, part, :], scale)
+            state, output = self._advance(state, keys[:, part, :], values[:, part, :], heads, ops, rows)
+            outputs.append(narrow(output, queries))
             start = part.stop
         return state, xp.concat(outputs, axis=2)
 
@@ -129,8 +131,7 @@ class Paper:
         log_rates = xp.astype(log_rates, rows.dtype)
         samples = flat(clusters.samples)
         outputs = []
-        per_row = rows.shape[0] * (samples.shape[1] + self.s)
-        for part in chunks(rows.shape[1], max(1, 2 * _AT_ONCE // per_row)):
+        for part in pieces(rows.shape[1], rows.shape[0] * (samples.shape[1] + self.s), rows):
             denominator = ops.weighted_attention(rows[:, part, :], samples, samples[..., :1], log_counts)[1]
             numerator = ops.weighted_attention(rows[:, part, :], reservoir.keys, reservoir.values, log_rates)
             outputs.append((_ratio(numerator, denominator), denominator))
@@ -139,7 +140,8 @@ class Paper:
     def _block(self, state: PaperState, group: int) -> int:
         """Tokens to take at once, so that temporaries stay small; the answer does not depend on it."""
         streams, capacity = map(int, state.clusters.counts.shape)
-        return max(1, min(_BLOCK, _AT_ONCE // (streams * group * (capacity * self.t + self.s + _BLOCK))))
+        limit = transient_limit(state.clusters.counts)
+        return max(1, min(_BLOCK, limit // (streams * group * (capacity * self.t + self.s + _BLOCK))))
 
     def _log_norms(self, values: Array) -> Array:
         """Return ``log(s ||v||^2)``; ``inf`` for a zero vector, which then weighs nothing."""
@@ -204,45 +206,52 @@ class Paper:
 
         # Answers at each token: every content of a slot counts for the tokens at which the slot held it.
         streams, group, _, head_dim = rows.shape
-        rows = xp.reshape(rows, (streams, group * n, head_dim))
-        member = assignment[:, :, None] == positions(old.counts.shape[1], keys)[None, None, :]
-        counts = old.counts[:, None, :] + xp.cumulative_sum(xp.astype(member, xp.int64), axis=1)
-        log_counts = _log(xp.astype(counts, rows.dtype)) - math.log(self.t)
-        log_counts = xp.repeat(log_counts, self.t, axis=-1)
-        log_totals = _log(totals)[:, :, None]
+        capacity = old.counts.shape[1]
 
-        def partial(content: Array, value: Array, log_weights: Array, held: Array) -> tuple[Array, Array]:
-            log_weights = xp.astype(log_weights, rows.dtype, copy=False)
-            bias = xp.where(held, log_weights, xp.full_like(log_weights, -math.inf))
-            return ops.weighted_attention(rows, content, value, xp.tile(bias, (1, group, 1)))
+        def answer(part: slice) -> Array:
+            some = xp.reshape(rows[:, :, part, :], (streams, -1, head_dim))
+            member = assignment[:, : part.stop, None] == positions(capacity, keys)[None, None, :]
+            counts = xp.cumulative_sum(xp.astype(member, xp.int64), axis=1)[:, part.start :, :]
+            log_counts = _log(xp.astype(old.counts[:, None, :] + counts, some.dtype)) - math.log(self.t)
+            log_counts = xp.repeat(log_counts, self.t, axis=-1)
+            log_totals = _log(totals[:, part])[:, :, None]
 
-        denominator = None
-        for content, held in _contents([flat(old.samples)], [keys], key_rounds, n):
-            piece = partial(content[0], content[0][..., :1], log_counts, held)
-            denominator = piece if denominator is None else merge_attention(denominator, piece)
-        numerator = None
-        for content, held in _contents([reservoir.keys, reservoir.values], [keys, values], value_rounds, n):
-            log_rates = log_totals - self._log_norms(content[1])[:, None, :]
-            piece = partial(content[0], content[1], log_rates, held)
-            numerator = piece if numerator is None else merge_attention(numerator, piece)
-        output = _ratio(numerator, denominator[1])  # type: ignore[arg-type,index]
-        return after, xp.reshape(output, (streams, group, n, output.shape[-1]))
+            def partial(content: Array, value: Array, log_weights: Array, held: Array) -> tuple[Array, Array]:
+                log_weights = xp.astype(log_weights, some.dtype, copy=False)
+                bias = xp.where(held, log_weights, xp.full_like(log_weights, -math.inf))
+                return ops.weighted_attention(some, content, value, xp.tile(bias, (1, group, 1)))
+
+            denominator = None
+            for content, held in _contents([flat(old.samples)], [keys], key_rounds, n, part):
+                piece = partial(content[0], content[0][..., :1], log_counts, held)
+                denominator = piece if denominator is None else merge_attention(denominator, piece)
+            numerator = None
+            for content, held in _contents([reservoir.keys, reservoir.values], [keys, values], value_rounds, n, part):
+                log_rates = log_totals - self._log_norms(content[1])[:, None, :]
+                piece = partial(content[0], content[1], log_rates, held)
+                numerator = piece if numerator is None else merge_attention(numerator, piece)
+            output = _ratio(numerator, denominator[1])  # type: ignore[arg-type,index]
+            return xp.reshape(output, (streams, group, -1, output.shape[-1]))
+
+        # More clusters may have opened than there was room for when the block was cut.
+        outputs = [answer(part) for part in pieces(n, streams * group * max(capacity * self.t, self.s), keys)]
+        return after, outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)
 
 
-def _contents(held: list[Array], block: list[Array], rounds: list[Array], n: int) -> list[tuple[list[Array], Array]]:
-    """List what the slots held, round by round, and when: bool arrays (streams, n, slots) over the tokens."""
+def _contents(
+    held: list[Array], block: list[Array], rounds: list[Array], n: int, part: slice
+) -> Iterator[tuple[list[Array], Array]]:
+    """Give what the slots held, round by round, and when: bool arrays (streams, tokens, slots) over a part of n."""
     xp = array_namespace(block[0])
-    token = positions(n, block[0])[None, :, None]
+    token = positions(n, block[0])[None, part, None]
     begin = xp.zeros_like(held[0][:, :, 0], dtype=xp.int64)
-    contents = []
     for upcoming in [*rounds, None]:
         since = token >= begin[:, None, :]
-        contents.append((held, since if upcoming is None else since & (token < upcoming[:, None, :])))
+        yield held, since if upcoming is None else since & (token < upcoming[:, None, :])
         if upcoming is not None:
             # A slot that is not replaced in this round begins past the end in the next: it held all it will hold.
             held = [replace_slots(old, new, upcoming) for old, new in zip(held, block, strict=True)]
             begin = upcoming
-    return contents
 
 
 def with_room(clusters: Clusters, capacity: int) -> Clusters:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._array import Array, array_namespace, chunks, positions
+from ._array import Array, array_namespace, positions
+from ._memory import pieces
 from .rounding import Codes
 from .weighted import scaled
 
 __all__ = ["query_codes"]
-
-# Numbers, not bytes, that are scaled and rounded at once.
-_AT_ONCE = 1 << 22
 
 
 def query_codes(queries: Array, scale: float, first: int, dtype: object, ops: Any) -> Codes:
@@ -36,13 +34,13 @@ def query_codes(queries: Array, scale: float, first: int, dtype: object, ops: An
     """
     xp = array_namespace(queries)
     streams, _, n, head_dim = queries.shape
-    pieces: list[Codes] = [
+    rounded: list[Codes] = [
         ops.quantize(scaled(_turns(queries[:, :, part, :], first + part.start), scale), dtype)
-        for part in chunks(n, max(1, _AT_ONCE // (streams * head_dim)))
+        for part in pieces(n, streams * head_dim, queries)
     ]
-    if len(pieces) == 1:
-        return pieces[0]
-    codes, scales = (xp.concat(list(x), axis=1) for x in zip(*((x.codes, x.scales) for x in pieces), strict=True))
+    if len(rounded) == 1:
+        return rounded[0]
+    codes, scales = (xp.concat(list(x), axis=1) for x in zip(*((x.codes, x.scales) for x in rounded), strict=True))
     return Codes(codes, scales)
 
 

@@ -20,6 +20,7 @@ from ._checks import (
     check_scale,
     check_seed,
 )
+from ._memory import pieces
 from .backends import operations_for
 from .budget import Power, check_budget
 from .means import ClusterMeans, MeansState, Storage
@@ -413,8 +414,20 @@ class AttentionSketch:
                 "for example AttentionSketch(residual_samples=256)"
             )
         self._check_queries(queries, self._layout)
-        rows = fold_groups(self._scaled(queries), self._layout.kv_heads)
-        ops = operations_for(queries)
+        numbers = math.prod(queries.shape[:-2]) * max(self._layout.head_dim, self._layout.value_dim)
+        parts = pieces(queries.shape[-2], numbers, queries)
+        if len(parts) == 1:
+            answer = self._answer(queries, return_error, return_logsumexp)
+        else:
+            xp = array_namespace(queries)
+            some = [self._answer(queries[..., part, :], return_error, return_logsumexp) for part in parts]
+            answer = [xp.concat(of_parts, axis=queries.ndim - 2) for of_parts in map(list, zip(*some, strict=True))]
+        return answer[0] if len(answer) == 1 else tuple(answer)
+
+    def _answer(self, queries: Array, return_error: bool, return_logsumexp: bool) -> list[Array]:
+        """Answer queries that are checked; the outputs first, then what else is wanted."""
+        rows = fold_groups(self._scaled(queries), self._layout.kv_heads)  # type: ignore[union-attr]
+        method, ops = self._method, operations_for(queries)
         if return_error:
             output, error, logsumexp = method.attend_with_error(self._state, rows, ops)  # type: ignore[attr-defined]
         else:
@@ -424,7 +437,7 @@ class AttentionSketch:
             answer.append(unfold_groups(error, queries.shape))
         if return_logsumexp:
             answer.append(array_namespace(logsumexp).reshape(logsumexp, queries.shape[:-1]))
-        return answer[0] if len(answer) == 1 else tuple(answer)
+        return answer
 
     def step(self, queries: Array, keys: Array, values: Array) -> Array:
         """Absorb a block and answer the query of each of its tokens: ``update`` and ``attend``, token by token.

@@ -115,11 +115,32 @@ def unfold_groups(rows: Array, queries_shape: tuple[int, ...]) -> Array:
     return xp.reshape(rows, (*queries_shape[:-1], rows.shape[-1]))
 
 
-def causal_bias(size: int, seen: int, group: int, like: Array) -> Array:
-    """Log-weights (1, group * size, seen): the rows are the last ``size`` of the ``seen`` tokens."""
+def causal_bias(size: int, seen: int, group: int, like: Array, part: slice | None = None) -> Array:
+    """Return log-weights that hide later tokens, where the rows are queries of the last tokens.
+
+    Parameters
+    ----------
+    size : int
+        Queries of each head.
+    seen : int
+        Tokens, of which the queries belong to the last ``size``.
+    group : int
+        Query heads, one after the other.
+    like : array
+        Gives library, dtype and device.
+    part : slice, optional
+        The tokens to return log-weights of; ``None`` means all.
+
+    Returns
+    -------
+    array, shape (1, group * size, tokens)
+        0 where a query sees a token, ``-inf`` elsewhere.
+    """
     xp = array_namespace(like)
-    last = positions(size, like) + (seen - size)
-    hidden = positions(seen, like)[None, :] > last[:, None]
-    zero = xp.zeros((size, seen), dtype=like.dtype, device=like.device)
+    part = slice(0, seen) if part is None else part
+    last = positions(size, like) + (seen - size - part.start)
+    hidden = positions(part.stop - part.start, like)[None, :] > last[:, None]
+    # Of no axes: an array of the whole shape would be one more.
+    zero = xp.zeros((), dtype=like.dtype, device=like.device)
     bias = xp.where(hidden, xp.full_like(zero, -math.inf), zero)
     return xp.tile(bias, (group, 1))[None, :, :]

@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import check_block, check_groups, check_integer, check_real
+from .._memory import pieces
 from ..weighted import weighted_attention
 
 __all__ = ["Answers", "Floats", "Prefix", "Summary", "attention_received", "check_budget", "exact", "keep", "with_ends"]
 
 Floats: TypeAlias = NDArray[Any]
-
-# Logits held at once (numbers, not bytes).
-_LOGITS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -198,11 +196,10 @@ def attention_received(prefix: Prefix, queries: int) -> NDArray[np.float64]:
     streams, group, count, head_dim = rows.shape
     keys = prefix.keys.astype(np.float32)
     received = np.zeros((streams, prefix.n))
-    size = max(1, _LOGITS_AT_ONCE // (streams * group * prefix.n))
-    for start in range(0, count, size):
-        part = rows[:, :, start : start + size].reshape(streams, -1, head_dim)
-        logits = (part @ keys.swapaxes(1, 2)).reshape(streams, group, -1, prefix.n)
-        position = prefix.n - count + start + np.arange(logits.shape[2])
+    for part in pieces(count, streams * group * prefix.n, keys):
+        some = rows[:, :, part].reshape(streams, -1, head_dim)
+        logits = (some @ keys.swapaxes(1, 2)).reshape(streams, group, -1, prefix.n)
+        position = prefix.n - count + np.arange(part.start, part.stop)
         logits[:, :, np.arange(prefix.n) > position[:, None]] = -np.inf
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         received += (weights / weights.sum(axis=-1, keepdims=True)).sum(axis=(1, 2))
