@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import subgen_cupy
-from subgen_cupy import _cupy, _torch
+from subgen_cupy import _cupy, _merging, _torch
 from subgen_cupy._launch import Launch, Module
 
 from subgen import backends
@@ -235,6 +235,24 @@ def test_merging_by_kernels_and_in_float64_by_the_portable_code(dtype: str, reme
         np.testing.assert_array_equal(got.nearest, expected.nearest)
     for mine, before in zip(given.arrays(), means.arrays(), strict=True):
         np.testing.assert_array_equal(mine, before)  # nothing was written into
+
+
+@pytest.mark.usefixtures("cupy")
+def test_streams_whose_costs_are_too_many_merge_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    half = rng.integers(-3, 4, size=(3, 16, 8)).astype(np.float32)
+    keys = np.concatenate([half, -half], axis=1)
+    ones = np.ones((3, 32), dtype=np.float32)
+    means = Means(keys, np.zeros_like(keys), ones.astype(np.int32), np.zeros((3, 32, 4), np.float32), ones)
+    metric = np.stack([np.eye(8, dtype=np.float32) * s for s in (1, 2, 4)])
+    given = means.each(on_device), on_device(metric), on_device(np.float32([1, 2, 1])), 20, 20
+    together, moved = subgen_cupy.BACKEND.operations["merge_closest"](*given)
+    monkeypatch.setattr(_merging, "_COSTS_AT_ONCE", 2 * 128 * 128)  # two streams, rounded up to whole tiles
+    assert _merging.parts(3, 32) == [slice(0, 2), slice(2, 3)]
+    in_turns, moved_in_turns = subgen_cupy.BACKEND.operations["merge_closest"](*given)
+    np.testing.assert_array_equal(moved_in_turns, moved)
+    for name in ("keys", "values", "counts", "spread", "importance"):
+        np.testing.assert_array_equal(getattr(in_turns, name), getattr(together, name), err_msg=name)
 
 
 @pytest.mark.usefixtures("cupy")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from subgen._array import chunks
+from subgen._memory import TRANSIENT_NUMBERS_ON_ACCELERATORS
 from subgen.merging import Means
 
 from ._launch import MAX_SHARED, Array, Device, Launch, Module, address, ceil_div, element, i32, i64
 
-__all__ = ["MERGING", "MOST_CLUSTERS", "match", "matching_module", "merge", "shrink", "ward_costs"]
+__all__ = ["MERGING", "MOST_CLUSTERS", "match", "matching_module", "merge", "parts", "shrink", "ward_costs"]
 
 MERGING = Module("merging.cu")
 # Blocks that match a stream together, where the device has clusters of blocks; streams up to which they do: with more,
@@ -32,8 +34,17 @@ def _match_shared(n: int, guards: int) -> int:
 # Of the 48 KiB that every device has, what is left beside a few static bytes and columns behind the last cluster.
 _MATCH_ROOM = MAX_SHARED - 256 - 4 * _SIDE
 
+# Several times what is bounded elsewhere: with fewer streams at once a device is idle.
+_COSTS_AT_ONCE = 4 * TRANSIENT_NUMBERS_ON_ACCELERATORS
+
 #: Clusters of a stream, new tokens included, that the matching has room for.
 MOST_CLUSTERS = _MATCH_ROOM // 10
+
+
+def parts(streams: int, n: int) -> list[slice]:
+    """Cut streams of n clusters into parts whose costs of pairs take a gibibyte at most, or are those of one stream."""
+    line = _SIDE * ceil_div(n, _SIDE)
+    return chunks(streams, max(1, _COSTS_AT_ONCE // line**2))
 
 
 def _guards(n: int) -> int:

@@ -6,13 +6,14 @@ Arrays are CuPy's, or tensors of torch on a CUDA device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from subgen.absorbing import Dithers, Exact, Settled
 from subgen.backends import PORTABLE
 from subgen.blocks import Tokens, Turn, Turned
 from subgen.decoding import Decoded, Held
-from subgen.merging import Means
+from subgen.merging import Means, merge_in_parts
 from subgen.rounding import Codes, Dither
 
 from . import _absorbing, _attention, _blocks, _cupy, _decoding, _leaders, _merging, _rounding, _threefry, _torch
@@ -147,13 +148,17 @@ def merge_closest(
 ) -> tuple[Means, Array]:
     """Merge closest pairs of clusters; see `subgen.merging.merge_closest`.
 
-    In float32, and up to as many clusters as the matching has room for, without a question to the host.
+    In float32, and up to as many clusters as the matching has room for, without a question to the host. Streams take
+    turns where the costs of all together are too many.
     """
     n = means.counts.shape[1]
     if element(means.keys.dtype) != "float32" or n > _merging.MOST_CLUSTERS or not (means.keys.size and most > 0):
         answer: tuple[Means, Array] = _without("merge_closest", means.keys)(means, metric, value_scale, most, places)
         return answer
-    return _merging.shrink(device_of(means.keys), means, metric, value_scale, most, places)
+    device, parts = device_of(means.keys), _merging.parts(means.counts.shape[0], n)
+    if len(parts) == 1:
+        return _merging.shrink(device, means, metric, value_scale, most, places)
+    return merge_in_parts(partial(_merging.shrink, device), parts, means, metric, value_scale, most, places)
 
 
 def write(x: Array, start: int, block: Array) -> Array:
@@ -248,6 +253,7 @@ def absorb_blocks(
         and all(x.shape[-1] * size % ALIGNMENT == 0 and x.shape[-1] for x in (keys, values))
         and keys.shape[-1] <= _absorbing.MOST_DIM
         and 0 < held.counts.shape[1] <= _merging.MOST_CLUSTERS - leave
+        and len(_merging.parts(held.counts.shape[0], held.counts.shape[1] + leave)) == 1
         and 0 not in (keys.size, values.size)
         and (device := device_of(keys)).recordable
     )

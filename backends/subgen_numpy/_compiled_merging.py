@@ -93,15 +93,8 @@ def choose(
     """
     m, n = costs.shape
     everyone = m == n
-    # The row of each new one in the costs; of the others -1, -2, ...: their rows in the costs that are turned.
-    row, olds = np.zeros(n, np.int64), 0
-    row[new] = np.arange(1, m + 1)
-    for i in range(n):
-        if row[i] == 0:
-            olds += 1
-            row[i] = -olds
-        else:
-            row[i] -= 1
+    row = np.full(n, -1)
+    row[new] = np.arange(m)
     spans = -(-n // _SPAN)
     # Of each, the cheapest of the new ones; where all are new, in each span. Costs are symmetric.
     offered = np.zeros((spans if everyone else 1, n), np.int32)
@@ -114,7 +107,7 @@ def choose(
     # What those that are taken cost, at least.
     penalty, penalty_of_new = np.zeros(n, edge.dtype), np.zeros(m, edge.dtype)
     # Of each new one, the cheapest in each span and its cost; of the others, all costs together.
-    turned = np.empty((olds, m), edge.dtype)
+    turned = np.empty((0 if everyone else n, m), edge.dtype)
     if everyone:
         place, least = offered.T.copy(), least_offered.view(edge.dtype).T.copy()
     else:
@@ -122,7 +115,7 @@ def choose(
         for r in range(m):
             for span in range(spans):
                 _search(bits, penalty, place, least, r, span)
-        _turn(bits, row, turned)
+        _turn(bits, turned)
     for r in range(m):
         partner[new[r]], cost[new[r]] = _cheapest(bits, penalty, place, least, r, infinite)
     # Of those that remember the same cluster, the last, and the one before each.
@@ -148,25 +141,13 @@ def choose(
                     j = nearest[i]
                     if j < 0 or not stale[j]:
                         continue
-                for who in (i, j):
-                    if stale[who]:
-                        looking = True
-                        _look(
-                            who,
-                            turned,
-                            row,
-                            new,
-                            penalty_of_new,
-                            nearest,
-                            edge,
-                            penalty,
-                            last,
-                            before,
-                            partner,
-                            cost,
-                            infinite,
-                        )
-                        stale[who] = False
+                    looking = True
+                    _look(i, turned, new, penalty_of_new, nearest, edge, penalty, last, before, partner, cost, infinite)
+                    stale[i] = False
+                if stale[j]:
+                    looking = True
+                    _look(j, turned, new, penalty_of_new, nearest, edge, penalty, last, before, partner, cost, infinite)
+                    stale[j] = False
         mutual = 0
         for i in range(n):
             j = np.int64(partner[i])
@@ -194,7 +175,7 @@ def choose(
     left = np.empty(n, np.int64)
     for i in range(n):
         if stale[i]:
-            _look(i, turned, row, new, penalty_of_new, nearest, edge, penalty, last, before, partner, cost, infinite)
+            _look(i, turned, new, penalty_of_new, nearest, edge, penalty, last, before, partner, cost, infinite)
         left[i] = partner[i] if cost[i] < infinite else -1
     return first[:pairs], second[:pairs], left
 
@@ -229,14 +210,13 @@ def _fill(costs: Any, new: Any, half: Any, weight: Any, offered: Any, least_offe
 
 
 @njit(**OPTIONS)
-def _turn(x: Any, row: Any, turned: Any) -> None:
-    """Transpose the columns of those that are not new, in tiles that fit the cache."""
+def _turn(x: Any, turned: Any) -> None:
+    """Transpose, in tiles that fit the cache."""
     m, n = x.shape
     for start in range(0, n, 16):
         for r in range(m):
             for j in range(start, min(n, start + 16)):
-                if row[j] < 0:
-                    turned[-1 - row[j], r] = x[r, j]
+                turned[j, r] = x[r, j]
 
 
 @njit(**OPTIONS)
@@ -288,7 +268,6 @@ def _cheapest(costs: Any, penalty: Any, place: Any, least: Any, r: int, infinite
 def _look(
     i: int,
     turned: Any,
-    row: Any,
     new: Any,
     penalty_of_new: Any,
     nearest: Any,
@@ -303,7 +282,7 @@ def _look(
     """Look for the cheapest partner of an old cluster that is not taken: a new one, or of those that remember."""
     partner[i], cost[i] = 0, infinite
     if new.size:
-        which, cost[i] = _least(of_stream(turned, -1 - row[i]), penalty_of_new)
+        which, cost[i] = _least(of_stream(turned, i), penalty_of_new)
         partner[i] = new[which]
     if nearest[i] >= 0 and penalty[nearest[i]] == 0:
         _offer(i, nearest[i], edge[i], partner, cost)

@@ -30,7 +30,7 @@ _ROWS = 48
 # Rows gathered at once.
 _GATHERED = 256
 # Numbers of costs copied at once to look for the cheapest.
-_LOOKED_AT = 2**20
+_LOOKED_AT = 2**18
 # Clusters that are worth a thread.
 WORTH_A_THREAD = 512
 

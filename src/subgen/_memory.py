@@ -1,8 +1,9 @@
 """How much memory a call takes beside its arguments, its result and the sketch: one bound, kept in one place.
 
-Whatever grows with the product of two sizes (logits of queries and pairs, distances of tokens and leaders, costs of
-pairs of clusters) is computed in pieces of at most `transient_limit` numbers. An array of a piece takes 16 MiB in
-float32 on a CPU, and a handful of them exist at once. docs/howto/numpy.md states what that adds up to.
+Whatever grows with the product of two sizes (logits of queries and pairs, distances of tokens and leaders) is computed
+in pieces of at most `transient_limit` numbers. An array of a piece takes 16 MiB in float32 on a CPU, and at most eight
+exist at once. Costs of pairs of clusters are those of a stream, if they are more. docs/howto/numpy.md states what it
+adds up to, and tests/test_memory.py holds every call to it.
 """
 
 from __future__ import annotations

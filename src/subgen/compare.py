@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from ._array import chunks, nbytes
 from ._checks import check_integer, check_real, check_scale, check_seed
+from ._memory import pieces
 from .backends import operations_for
-from .baselines import RIVALS, Compress, Prefix, exact
+from .baselines import RIVALS, Answers, Compress, Prefix, exact
 from .budget import Budget, Bytes, Fixed
 from .files import Capture
 from .means import ClusterMeans, MeansState, Storage
 from .report import relative_error
-from .weighted import merge_attention, weighted_attention
+from .weighted import join_rows, merge_attention, weighted_attention
 
 __all__ = ["METHODS", "Comparison", "compare", "default_sketch", "eight_bit_sketch"]
 
@@ -243,7 +244,7 @@ def compare(
     positions = np.arange(n, min(total, n + max(1, n * 4 // 15)), check_integer("stride", stride))
     rows = _rows(capture, positions, given)
     later = _later(capture, positions, rows, n)
-    truth, _ = merge_attention(exact(given).answer(rows), later)
+    truth, _ = merge_attention(_answer(exact(given), rows, n), later)
 
     shape = (len(chosen), len(pairs))
     stream_error = np.zeros((*shape, capture.q.shape[0]))
@@ -252,7 +253,7 @@ def compare(
         for j, budget in enumerate(pairs):
             begin = time.perf_counter()
             answers = compress(given, budget, np.random.default_rng(seed))
-            output, _ = merge_attention(answers.answer(rows), later)
+            output, _ = merge_attention(_answer(answers, rows, n), later)
             seconds[i, j] = time.perf_counter() - begin
             stream_error[i, j] = relative_error(output, truth).reshape(-1, len(positions)).mean(axis=-1)
             held[i, j] = answers.nbytes
@@ -297,13 +298,23 @@ def _rows(capture: Capture, positions: NDArray[np.int64], given: Prefix) -> NDAr
     return rows.reshape(given.streams, -1, rows.shape[-1])
 
 
+def _answer(answers: Answers, rows: NDArray[Any], n: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Answer queries from a prefix of n tokens, a few at a time: a method may hold the logits of all its tokens."""
+    parts = pieces(rows.shape[1], rows.shape[0] * n, rows)
+    outputs, logsumexp = join_rows([answers.answer(rows[:, part]) for part in parts])
+    return outputs, logsumexp
+
+
 def _later(
     capture: Capture, positions: NDArray[np.int64], rows: NDArray[np.float32], n: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Answer each query exactly from the tokens after the prefix, up to its own."""
     tokens = np.arange(n, positions[-1] + 1)
-    hidden = tokens[None, :] > positions[:, None]
-    bias = np.where(hidden, -np.inf, 0.0).astype(rows.dtype)
-    bias = np.tile(bias, (rows.shape[1] // len(positions), 1))[None]
-    outputs, logsumexp = weighted_attention(rows, capture.k[:, tokens], capture.v[:, tokens], bias)
+    keys, values = capture.k[:, tokens], capture.v[:, tokens]
+    own = np.tile(positions, rows.shape[1] // len(positions))
+    answers = []
+    for part in pieces(rows.shape[1], rows.shape[0] * len(tokens), rows):
+        bias = np.where(tokens[None, :] > own[part, None], -np.inf, 0.0).astype(rows.dtype)
+        answers.append(weighted_attention(rows[:, part], keys, values, bias[None]))
+    outputs, logsumexp = join_rows(answers)
     return outputs, logsumexp

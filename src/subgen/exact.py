@@ -50,8 +50,9 @@ def attention(
 
     Notes
     -----
-    Beside its arguments and its result a call takes a constant amount of memory, whatever the shapes: it computes a
-    bounded number of logits at a time, and casts 16-bit keys and values in parts (docs/howto/numpy.md).
+    Memory: at most 8 temporary arrays of 2^22 numbers (2^26 on a GPU), and the result once more, whatever the shapes.
+    Few queries and, where they are long, parts of the keys are answered at a time; 16-bit keys and values are cast in
+    parts (docs/howto/numpy.md).
 
     Examples
     --------

@@ -58,6 +58,10 @@ def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketc
     ValueError
         If they differ in method, parameters or shapes.
 
+    Notes
+    -----
+    Memory: that of `AttentionSketch.update`; an eighth of the clusters of the second join those of the first at a time.
+
     Examples
     --------
     >>> import numpy as np, subgen

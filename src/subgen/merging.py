@@ -17,7 +17,18 @@ from dataclasses import dataclass, replace
 from ._array import Array, array_namespace, clip, positions
 from ._memory import pieces
 
-__all__ = ["Means", "band_means", "bands", "clusters_of_one", "join", "merge_closest", "n_live", "nobody", "ward_costs"]
+__all__ = [
+    "Means",
+    "band_means",
+    "bands",
+    "clusters_of_one",
+    "join",
+    "merge_closest",
+    "merge_in_parts",
+    "n_live",
+    "nobody",
+    "ward_costs",
+]
 
 
 @dataclass(frozen=True)
@@ -207,8 +218,22 @@ def merge_closest(
     parts = pieces(streams, n * n, means.counts)
     if len(parts) == 1 or not bool(xp.any(n_live(means) > most)):
         return _merge_closest(means, metric, value_scale, most, places)
+    return merge_in_parts(_merge_closest, parts, means, metric, value_scale, most, places)
+
+
+def merge_in_parts(
+    merge: Callable[..., tuple[Means, Array]],
+    parts: list[slice],
+    means: Means,
+    metric: Array | None,
+    value_scale: Array,
+    most: int,
+    places: int,
+) -> tuple[Means, Array]:
+    """Merge the clusters of some streams after those of others; see `merge_closest`, which ``merge`` is for a part."""
+    xp = array_namespace(means.counts)
     some = [
-        _merge_closest(
+        merge(
             means.of_streams(part),
             metric if metric is None or metric.shape[0] == 1 else metric[part, ...],
             value_scale[part],
@@ -217,13 +242,9 @@ def merge_closest(
         )
         for part in parts
     ]
-    return _stacked([merged for merged, _ in some]), xp.concat([moved for _, moved in some], axis=0)
-
-
-def _stacked(parts: list[Means]) -> Means:
-    """Put the streams of some behind those of others."""
-    columns = zip(*(part.arrays() for part in parts), strict=True)
-    return Means(*(None if x[0] is None else array_namespace(x[0]).concat(list(x), axis=0) for x in columns))
+    columns = zip(*(merged.arrays() for merged, _ in some), strict=True)
+    merged = Means(*(None if x[0] is None else xp.concat(list(x), axis=0) for x in columns))
+    return merged, xp.concat([moved for _, moved in some], axis=0)
 
 
 def _merge_closest(

@@ -348,6 +348,12 @@ class AttentionSketch:
         ------
         TypeError, ValueError
             As in `attention`, or if the block does not continue the stream. The sketch is then as it was.
+
+        Notes
+        -----
+        Memory: at most 8 temporary arrays of 2^22 numbers (2^26 on a GPU) and a few copies of the sketch, however long
+        the block. When clusters have to merge, the costs of the pairs of one stream take ``4 n^2`` bytes for each
+        thread, with n the clusters and half a window (docs/howto/numpy.md).
         """
         layout = self.check(keys, values, queries)
         ops = operations_for(keys)
@@ -404,6 +410,11 @@ class AttentionSketch:
             If nothing was seen yet.
         TypeError, ValueError
             As in `attention`, or if ``return_error`` and the sketch was made without ``residual_samples``.
+
+        Notes
+        -----
+        Memory: at most 8 temporary arrays of 2^22 numbers (2^26 on a GPU), and the result once more, however many
+        queries and clusters there are. 16-bit and int8 clusters may be cast once (docs/howto/numpy.md).
         """
         if self._state is None or self._layout is None:
             raise RuntimeError("the sketch is empty: call update (or step) with keys and values before attend")
@@ -458,6 +469,10 @@ class AttentionSketch:
         ------
         TypeError, ValueError
             As in `update`, or if there are not as many queries as tokens. The sketch is then as it was.
+
+        Notes
+        -----
+        Memory: that of `update`, and the result once more; a few queries are answered at a time.
         """
         layout = self.check(keys, values, queries)
         ops = operations_for(keys)
