@@ -1,7 +1,7 @@
 """Peak bytes of one call beside its arguments and the sketch, over the length of the block and the number of clusters.
 
-docs/howto/numpy.md states the bound, which depends on neither. `tracemalloc` counts the arrays of NumPy. It does not see
-those of compiled loops, so `peakmem_call` measures the process as well, beside one that makes the arguments alone.
+docs/howto/numpy.md states the bound, which depends on neither. `tracemalloc` counts the arrays of NumPy, not those of
+compiled loops: `peakmem_call` measures the process as well, beside one that makes the arguments alone.
 """
 
 from __future__ import annotations

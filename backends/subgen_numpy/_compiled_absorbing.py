@@ -143,7 +143,7 @@ def absorb(
             m = _find_compared(pool_nearest[:live], live - most, compared, nearest_old)
             if room.size < m * live:
                 room = np.empty(0, dtype)  # what was taken goes first
-                room = np.empty(m * live, dtype)
+                room = np.empty(min(m + m // 4, live) * live, dtype)  # the next stream may need a little more
             first, second, others = _choose(
                 points[:live],
                 half[:live],

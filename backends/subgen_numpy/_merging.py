@@ -71,7 +71,7 @@ class _Room:
         if self._numbers.size < m * n:
             dtype = self._numbers.dtype
             self._numbers = np.empty(0, dtype)  # what was taken goes first
-            self._numbers = np.empty(m * n, dtype)
+            self._numbers = np.empty(min(m + m // 4, n) * n, dtype)  # the next stream may need a little more
         return self._numbers[: m * n].reshape(m, n)
 
 
