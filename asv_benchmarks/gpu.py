@@ -95,7 +95,7 @@ def decoding_step(cp: Any, batch: int) -> tuple[float, float, int]:
     for _ in range(max(1, math.ceil(CACHES_FILLED * cache / size))):
         # As a sketch holds them: clusters, exact pairs, and room behind that is not read.
         pairs = [bfloat16(cp, draw(cp, streams, CLUSTERS + EXACT + ROOM, HEAD_DIM)) for _ in range(2)]
-        counts = cp.random.randint(1, 1000, size=(streams, CLUSTERS)).astype(cp.int32)
+        counts = cp.random.randint(1, 1000, size=(streams, CLUSTERS)).astype(cp.int64)
         spread = bfloat16(cp, cp.abs(draw(cp, streams, CLUSTERS, 4)))
         queries = draw(cp, streams, rows, HEAD_DIM) * HEAD_DIM**-0.5
         sketches.append((queries, *(x[:, : CLUSTERS + EXACT] for x in pairs), counts, spread, 1))

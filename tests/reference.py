@@ -34,8 +34,8 @@ def threefry2x32(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, i
 
 def draw(seed: int, purpose: int, head: int, slot: int, number: int) -> int:
     """An odd integer below 2**25."""
-    key = threefry2x32((seed & MASK, seed >> 32), (head, purpose))
-    return ((threefry2x32(key, (slot, number & MASK))[0] >> 8) << 1) + 1
+    key0, key1 = threefry2x32((seed & MASK, seed >> 32), (head, purpose))
+    return ((threefry2x32((key0, key1 ^ number >> 32), (slot, number & MASK))[0] >> 8) << 1) + 1
 
 
 @dataclass

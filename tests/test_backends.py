@@ -152,7 +152,7 @@ def test_merging_decides_as_the_portable_code_on_integers(
     library = LIBRARIES[backend.name]
     rng = np.random.default_rng(most)
     n, d = 32 + free, 8
-    counts = np.ones((3, n), np.int32)
+    counts = np.ones((3, n), np.int64)
     for row in counts:
         row[rng.permutation(n)[:free]] = 0
     root = np.tril(rng.integers(-1, 2, size=(3, d, d)), -1) + np.eye(d)
@@ -210,8 +210,8 @@ def test_merging_ends_whatever_the_numbers(backend: Backend, metric: float) -> N
         -18, 22, dtype=float
     )[:, None].astype(np.float32)
     ones = np.ones((2, 40), np.float32)
-    given = Means(keys, keys, ones.astype(np.int32), np.zeros((2, 40, 4), np.float32), ones * [[0.0], [1.0]])
-    given = Means(*(x if x is None or x.dtype == np.int32 else x.astype(np.float32) for x in given.arrays()))
+    given = Means(keys, keys, ones.astype(np.int64), np.zeros((2, 40, 4), np.float32), ones * [[0.0], [1.0]])
+    given = Means(*(x if x is None or x.dtype.kind == "i" else x.astype(np.float32) for x in given.arrays()))
     with np.errstate(all="ignore"):
         shape = np.full((2, 4, 4), metric, np.float32)
         got, _ = backend.operations["merge_closest"](
@@ -231,7 +231,7 @@ def test_what_is_settled_is_new_and_the_same_in_every_library(library: Library, 
     sink, window, d = 2, 7, 4
     means = Means(
         *(rng.normal(size=(2, 5, width)).astype(np.float32) for width in (d, 3)),
-        rng.integers(0, 4, size=(2, 5)).astype(np.int32),
+        rng.integers(0, 4, size=(2, 5)).astype(np.int64),
         rng.random((2, 5, 4), np.float32),
         rng.random((2, 5), np.float32),
     )
@@ -269,7 +269,7 @@ def test_a_token_is_written_and_answered_alike_in_every_library(library: Library
     sink, window, d, group, n_seen = 3, 6, 8, 4, clusters + n_exact
     keys, values = (rng.normal(size=(2, clusters + sink + window, width)).astype(np.float32) for width in (d, 5))
     codes, scales = rng.integers(-127, 128, size=(2, window, d)).astype(np.int8), rng.random((2, window), np.float32)
-    counts, spread = rng.integers(0, 4, size=(2, clusters)).astype(np.int32), rng.random((2, clusters, 4), np.float32)
+    counts, spread = rng.integers(0, 4, size=(2, clusters)).astype(np.int64), rng.random((2, clusters, 4), np.float32)
     token = [rng.normal(size=(2, n, width)).astype(np.float32) for n, width in ((group, d), (1, d), (1, 5))]
     empty = subgen.AttentionSketch(max_clusters=20, window=window, sink=sink)
     empty.update(*(library.array(np.zeros((2, 1, width), np.float32)) for width in (d, 5)))
@@ -362,7 +362,7 @@ def test_attention_over_clusters_is_that_of_the_portable_code(
     q = rng.normal(size=(3, rows, 8)).astype(np.float32)
     k = rng.normal(size=(3, clusters + 9, 8)).astype(stored)
     v = rng.normal(size=(3, clusters + 9, 6)).astype(stored)
-    counts = rng.integers(0, 4, size=(3, clusters)).astype(np.int32)
+    counts = rng.integers(0, 4, size=(3, clusters)).astype(np.int64)
     spread = rng.uniform(0, 0.3, size=(3, clusters, 4)).astype(stored)
     given = (q, k, v, counts, spread)
     expected = PORTABLE["sketch_attention"](q, k.astype(np.float32), v.astype(np.float32), counts, spread, causal)
@@ -392,7 +392,7 @@ def test_attention_over_clusters_in_8_bits_is_that_over_what_the_codes_say(
         for dim in (8, 6)
     ]
     codes = [replace(of, scales=of.scales / stored(64)) for of in codes]
-    counts = rng.integers(0, 4, size=(3, clusters)).astype(np.int32)
+    counts = rng.integers(0, 4, size=(3, clusters)).astype(np.int64)
     spread = rng.uniform(0, 0.3, size=(3, clusters, 4)).astype(stored)
     means = [dequantize(of, np.float32) for of in codes]
     pairs = [np.concatenate([mean, x.astype(np.float32)], axis=1) for mean, x in zip(means, (k, v), strict=True)]

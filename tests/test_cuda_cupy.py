@@ -184,7 +184,7 @@ def test_the_kernel_attends_where_every_row_sees_every_pair(
     queries, keys, values = (
         rng.normal(size=(2, n, dim)).astype(np.float32) for n in (rows, clusters + 9, clusters + 9)
     )
-    counts = rng.integers(0, 4, size=(2, clusters)).astype(np.int32)
+    counts = rng.integers(0, 4, size=(2, clusters)).astype(np.int64)
     spread = rng.random((2, clusters, 4)).astype(np.float32)
     arrays, calls = (queries, keys, values, counts, spread), []
 
@@ -208,7 +208,7 @@ def test_merging_by_kernels_and_in_float64_by_the_portable_code(dtype: str, reme
     rng = np.random.default_rng(1)
     half = rng.integers(-3, 4, size=(1, 16, 8))
     keys = np.concatenate([half, -half], axis=1).astype(dtype)
-    zero, counts = np.zeros((1, 32, 4), dtype=dtype), np.ones((1, 32), dtype=np.int32)
+    zero, counts = np.zeros((1, 32, 4), dtype=dtype), np.ones((1, 32), dtype=np.int64)
     means = Means(keys, np.zeros_like(keys), counts, zero, np.ones((1, 32), dtype=dtype), keys.astype(np.float16))
     if remember:  # another, but for the last, which are new and as many as twice those that go
         nearest = (np.arange(32) * 5 + 4) % 9
@@ -261,7 +261,7 @@ def test_streams_whose_costs_are_too_many_merge_one_after_the_other(monkeypatch:
 def test_tokens_are_collected_by_kernels_and_in_float64_by_the_portable_code(dtype: str, remember: bool) -> None:
     rng = np.random.default_rng(3)
     keys, values = rng.normal(size=(2, 1, 12, 8)).astype(dtype)
-    held = Means(*(rng.normal(size=(2, 1, 5, 8)).astype(dtype)), np.ones((1, 5), np.int32), *(
+    held = Means(*(rng.normal(size=(2, 1, 5, 8)).astype(dtype)), np.ones((1, 5), np.int64), *(
         np.ones(shape, dtype) for shape in ((1, 5, 4), (1, 5))
     ))  # fmt: skip
     if remember:

@@ -59,7 +59,7 @@ def test_a_decoding_step_is_captured_in_a_graph_and_replayed_on_new_input(lab: L
 
     queries = lab.put(draw(4, 4, 128, dtype="float32"))
     keys, values = (lab.put(draw(4, 150, 128))[:, :140] for _ in range(2))
-    counts, spread = np.full((4, 90), 3, np.int32), abs(draw(4, 90, 4, dtype="float32")).astype(DTYPES["bfloat16"])
+    counts, spread = np.full((4, 90), 3, np.int64), abs(draw(4, 90, 4, dtype="float32")).astype(DTYPES["bfloat16"])
     clusters = lab.put(counts), lab.put(spread)
     attend = BACKEND.operations["sketch_attention"]
     replay, result = capture(lambda: attend(queries, keys, values, *clusters))
@@ -93,7 +93,7 @@ def test_merging_never_asks_the_host(lab: Lab, most: int, remember: bool) -> Non
 
     rng = np.random.default_rng(3)
     keys, values = rng.normal(size=(2, 2, 1536, 128)).astype(np.float32)
-    counts, importance = rng.integers(1, 10, size=(2, 1536)).astype(np.int32), rng.random((2, 1536), dtype=np.float32)
+    counts, importance = rng.integers(1, 10, size=(2, 1536)).astype(np.int64), rng.random((2, 1536), dtype=np.float32)
     spread, leaders = rng.random((2, 1536, 4), dtype=np.float32), keys.astype(np.float16)
     nearest = None
     if remember:
@@ -110,7 +110,7 @@ def test_merging_never_asks_the_host(lab: Lab, most: int, remember: bool) -> Non
     cupy.cuda.Device().synchronize()
     merged, moved = result[0].each(lab.get), lab.get(result[1])
     assert (merged.counts > 0).sum(axis=1).tolist() == [most, most]
-    members = np.zeros((2, most), dtype=np.int32)
+    members = np.zeros((2, most), dtype=np.int64)
     for s in range(2):
         np.add.at(members[s], moved[s], counts[s])
     np.testing.assert_array_equal(merged.counts, members)
@@ -194,7 +194,7 @@ def test_blocks_that_match_a_stream_together_decide_as_one_does(lab: Lab, n: int
 
     rng = np.random.default_rng(7)
     keys, values = rng.normal(size=(2, 3, n, 64)).astype(np.float32)
-    counts, importance = (rng.random((3, n)) < 0.95).astype(np.int32), rng.random((3, n), dtype=np.float32) ** 4
+    counts, importance = (rng.random((3, n)) < 0.95).astype(np.int64), rng.random((3, n), dtype=np.float32) ** 4
     nearest = None if new is None else remembering(rng, counts, new)
     means = Means(keys, values, counts, np.zeros((3, n, 4), np.float32), importance, nearest=nearest).each(lab.put)
     scale = lab.put(np.ones(3, np.float32))

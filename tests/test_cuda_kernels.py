@@ -102,7 +102,7 @@ def test_a_decoding_step_over_exact_pairs_and_clusters(
     n, c = ((37, 53), (1, 300), (130, 1))[seed - 1]
     queries, pairs = attention_case(rng, dtype, head_dim, value_dim, streams, rows)
     keys, values = pairs(c + n)
-    counts = rng.integers(0, 6, size=(streams, c)).astype(np.int32)
+    counts = rng.integers(0, 6, size=(streams, c)).astype(np.int64)
     counts[:, 0] = 1
     spread = rng.random((streams, c, merging.bands(head_dim))) * 0.2
     spread = spread.astype(DTYPES[dtype] if head_dim == value_dim else np.float32)
@@ -142,7 +142,7 @@ def test_means_in_8_bits_are_read_as_they_are(lab: Lab, dtype: str, head_dim: in
     queries, pairs = attention_case(rng, dtype, head_dim, value_dim, 2, 5)
     keys, values = pairs(n + 3)
     means = coded(rng, c, head_dim, dtype), coded(rng, c, value_dim, dtype)
-    counts = rng.integers(0, 6, size=(2, c)).astype(np.int32)
+    counts = rng.integers(0, 6, size=(2, c)).astype(np.int64)
     spread = (rng.random((2, c, merging.bands(head_dim))) * 0.2).astype(DTYPES[dtype])
     given = [put_codes(lab, x) for x in (queries, keys, values, counts, spread, *means)]
     given[1:3] = (x[:, :n] for x in given[1:3])  # behind them is room
@@ -155,6 +155,31 @@ def test_means_in_8_bits_are_read_as_they_are(lab: Lab, dtype: str, head_dim: in
     weights = np.concatenate([log_weights(wide, counts, spread), np.zeros((2, 5, n))], axis=-1)
     for mine, expected in zip(got, written_out(wide, *whole, weights), strict=True):
         np.testing.assert_allclose(lab.get(mine), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_clusters_of_more_tokens_than_32_bits_count_are_weighed(lab: Lab, in_8_bits: bool) -> None:
+    rng = np.random.default_rng(5)
+    queries, pairs = attention_case(rng, "float32", 8, 8, 2, 3)
+    keys, values = pairs(44)
+    codes = (coded(rng, 40, 8, "float32"), coded(rng, 40, 8, "float32")) if in_8_bits else None
+    counts = rng.integers(0, 6, size=(2, 40)) << rng.integers(0, 60, size=(2, 40))
+    spread = (rng.random((2, 40, 4)) * 0.2).astype(np.float32)
+    given = [x[:, 40:] if in_8_bits else x for x in (keys, values)]
+    put = functools.partial(put_codes, lab)
+    got = _attention.attend(
+        lab.device,
+        *map(put, (queries, *given)),
+        (put(counts), put(spread)),
+        codes=codes and (put(codes[0]), put(codes[1])),
+    )
+    if codes is not None:
+        given = [np.concatenate([dequantize(a, np.float64), b], axis=1) for a, b in zip(codes, given, strict=True)]
+    wide = queries.astype(np.float64)
+    weights = np.concatenate([log_weights(wide, counts, spread), np.zeros((2, 3, 4))], axis=-1)
+    for mine, expected in zip(got, written_out(wide, *given, weights), strict=True):
+        # Logits of up to 60.
+        np.testing.assert_allclose(lab.get(mine), expected, rtol=2e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3), (1, 3)])
@@ -214,7 +239,7 @@ def test_any_number_of_rows_and_of_pairs(lab: Lab, rows: int, n: int) -> None:
     rng = np.random.default_rng(rows)
     queries, pairs = attention_case(rng, "bfloat16", 64, 64, 1, rows)
     keys, values = pairs(3 + n)
-    clusters = lab.put(np.ones((1, 3), np.int32)), lab.put(np.zeros((1, 3, 4), np.float32))
+    clusters = lab.put(np.ones((1, 3), np.int64)), lab.put(np.zeros((1, 3, 4), np.float32))
     got = _attention.attend(lab.device, *map(lab.put, (queries, keys, values)), clusters)
     expected = written_out(queries, keys, values, np.zeros((1, rows, n + 3)))
     np.testing.assert_allclose(lab.get(got[0]), expected[0], **TOLERANCE)
@@ -226,7 +251,7 @@ def test_a_decoding_step_is_two_launches_and_copies_nothing() -> None:
     rng = np.random.default_rng(7)
     queries, pairs = attention_case(rng, "bfloat16", 64, 64, 2, 4)
     keys, values = pairs(25)
-    clusters = np.ones((2, 9), dtype=np.int32), np.zeros((2, 9, 4), dtype=DTYPES["bfloat16"])
+    clusters = np.ones((2, 9), dtype=np.int64), np.zeros((2, 9, 4), dtype=DTYPES["bfloat16"])
     _attention.attend(lab.device, queries, keys[:, :18], values[:, :18], clusters)
     split, join = lab.device.launches  # type: ignore[attr-defined]
     assert (split.kernel, join.kernel) == ("attend_split", "attend_join")
@@ -268,7 +293,7 @@ def token_case(
     for x in buffers:
         x[:, n_means + n_exact :] = np.nan
     spread = (rng.random((2, clusters, merging.bands(dims[0]))) * 0.2).astype(DTYPES[dtype])
-    counts = rng.integers(0, 5, size=(2, clusters)).astype(np.int32)
+    counts = rng.integers(0, 5, size=(2, clusters)).astype(np.int64)
     codes, scales = rng.integers(-127, 128, size=(2, window, dims[0])).astype(np.int8), rng.random((2, window))
     held = Token(
         *map(lab.put, (*buffers, counts, spread)),
@@ -431,7 +456,7 @@ def means_case(
     order = rng.permutation(n)
     arrays = keys, values, counts, spread, importance
     means = Means(*(np.ascontiguousarray(x[:, order]).astype(np.float32) for x in arrays))
-    return replace(means, counts=means.counts.astype(np.int32))
+    return replace(means, counts=means.counts.astype(np.int64))
 
 
 def remembering(rng: np.random.Generator, counts: np.ndarray, new: float) -> np.ndarray:
@@ -487,7 +512,7 @@ def test_pairs_are_matched_as_written_out_with_many_ties(
     streams = 2
     costs = rng.integers(0, 4 if seed % 2 else 1000, size=(streams, n, n)).astype(np.float32)
     costs = np.minimum(costs, costs.swapaxes(1, 2))
-    counts = (rng.random((streams, n)) < 0.9).astype(np.int32)
+    counts = (rng.random((streams, n)) < 0.9).astype(np.int64)
     possible = (counts[:, :, None] > 0) & (counts[:, None, :] > 0) & ~np.eye(n, dtype=bool)
     costs[~possible] = np.inf
     remembered = compared = None
@@ -551,7 +576,7 @@ def test_costs_are_as_good_as_in_float32(lab: Lab, offset: float) -> None:
     keys, values = rng.normal(size=(2, 2, 130, 64)) + offset
     counts, importance = rng.integers(0, 9, size=(2, 130)), rng.random((2, 130)) + 0.1
     wide = Means(keys, values - offset, counts, np.zeros((2, 130, 4)), importance)
-    means = replace(wide.each(lambda x: x.astype(np.float32)), counts=counts.astype(np.int32))
+    means = replace(wide.each(lambda x: x.astype(np.float32)), counts=counts.astype(np.int64))
     root = rng.normal(size=(2, 64, 64)) / 8
     metric = root @ root.swapaxes(1, 2)
     arrays = metric.astype(np.float32), np.float32([1.0, 2.0])
@@ -604,7 +629,7 @@ def test_merging_ends_as_the_portable_merging(
     expected, expected_moved = merging.merge_closest(replace(means, leaders=numbered), None, value_scale, most, places)
     live = expected.counts > 0
     np.testing.assert_array_equal(lab.get(moved), expected_moved)
-    assert got.counts.dtype == np.int32
+    assert got.counts.dtype == np.int64
     np.testing.assert_array_equal(got.counts, expected.counts)
     for name in ("keys", "values", "spread", "importance"):
         np.testing.assert_allclose(getattr(got, name)[live], getattr(expected, name)[live], err_msg=name, **TOLERANCE)
@@ -619,6 +644,24 @@ def test_merging_ends_as_the_portable_merging(
         leaders = np.take_along_axis(means.leaders, expected.leaders, axis=1)
         assert got.leaders.dtype == DTYPES[dtype]
         np.testing.assert_array_equal(got.leaders[live], leaders[live])
+
+
+def test_as_many_members_more_change_counts_alone(lab: Lab) -> None:
+    """All counts times 2^40: the same clusters merge, to the same numbers, and counts are exact."""
+    rng = np.random.default_rng(7)
+    means = means_case(rng, 3, 90, 8, 8, (0.0, 0.4, 0.8))
+    means = replace(means, nearest=remembering(rng, means.counts, 0.5))
+    scale = lab.put(np.float32([1.0, 2.0, 0.5]))
+    results = []
+    for counts in (means.counts, means.counts << 40):
+        given = replace(means, counts=counts).each(lab.put)
+        merged, moved = _merging.shrink(lab.device, given, None, scale, 20, 25)
+        results.append((*(lab.get(x) for x in merged.arrays() if x is not None), lab.get(moved)))
+    few, many = results
+    assert many[2].dtype == np.int64
+    np.testing.assert_array_equal(many[2], few[2] << 40)
+    for mine, theirs in zip((*many[:2], *many[3:]), (*few[:2], *few[3:]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_where_nothing_has_to_merge_the_clusters_only_close_up() -> None:
@@ -658,13 +701,13 @@ def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> N
     counts, importance = rng.integers(1, 9, size=(streams, n)), rng.random((streams, n)) + 0.1
     spread = rng.random((streams, n, 4))
     means = Means(*(np.asarray(x, dtype=np.float32) for x in (keys, values, counts, spread, importance)))
-    means = replace(means, counts=means.counts.astype(np.int32))
+    means = replace(means, counts=means.counts.astype(np.int64))
     root = rng.normal(size=(streams, head_dim, head_dim)).astype(np.float32)
     given = None if metric == "none" else lab.put(root @ root.swapaxes(1, 2))
     scale = lab.put(np.ones(streams, dtype=np.float32))
     got, moved = _merging.shrink(lab.device, means.each(lab.put), given, scale, 50, 50)
     new = got.each(lab.get)
-    members = np.zeros((streams, 50), dtype=np.int32)
+    members = np.zeros((streams, 50), dtype=np.int64)
     for s in range(streams):
         np.add.at(members[s], lab.get(moved)[s], counts[s])
     np.testing.assert_array_equal(new.counts, members)
@@ -684,7 +727,7 @@ def test_merging_keeps_mass_means_and_second_moments(lab: Lab, metric: str) -> N
 def test_a_stream_is_matched_alike_by_one_block_and_by_many(seed: int) -> None:
     lab = cuda_labs.emulation()
     rng = np.random.default_rng(seed)
-    keys, counts = rng.normal(size=(2, 530, 8)).astype(np.float32), np.ones((2, 530), np.int32)
+    keys, counts = rng.normal(size=(2, 530, 8)).astype(np.float32), np.ones((2, 530), np.int64)
     keys[0] = rng.integers(-2, 3, size=(530, 8))  # many costs are equal
     importance = rng.random((2, 530)).astype(np.float32)
     means = Means(keys, keys, counts, np.zeros((2, 530, 4), np.float32), importance, nearest=0 * counts - 1)
@@ -719,7 +762,7 @@ def stored_case(rng: np.random.Generator, clusters: int, n: int, dims: tuple[int
     held = Means(
         keys=draw_means(dims[0]),
         values=draw_means(dims[1]),
-        counts=rng.integers(0, 5, size=(2, clusters)).astype(np.int32),
+        counts=rng.integers(0, 5, size=(2, clusters)).astype(np.int64),
         spread=abs(draw(stored, clusters, merging.bands(dims[0]))),
         importance=abs(draw(stored, clusters)),
         leaders=draw(stored, clusters, dims[0]),
@@ -732,7 +775,7 @@ def wide(x: Any) -> Any:
     """NumPy does not know bfloat16 well enough for the portable code: to float32, which is exact."""
     if isinstance(x, Codes):
         return Codes(x.codes, wide(x.scales))
-    return x if x is None or x.dtype == np.int32 else x.astype(np.float32)
+    return x if x is None or x.dtype.kind == "i" else x.astype(np.float32)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -772,6 +815,18 @@ def test_tokens_are_collected_as_by_the_portable_code(
     assert pool.leaders is None
     assert pool.nearest is None
     np.testing.assert_array_equal(lab.get(pool.keys), expected.keys)
+
+
+@pytest.mark.parametrize("means", ["float16", "int8"])
+def test_tokens_are_collected_behind_clusters_of_more_than_32_bits_count(lab: Lab, means: str) -> None:
+    held, keys, values = stored_case(np.random.default_rng(3), 30, 20, (8, 8), "float16", means)
+    held = replace(held, counts=held.counts * (2**40 + 1))
+    put = functools.partial(put_codes, lab)
+    pool, _ = _absorbing.collect(lab.device, held.each(put), lab.put(keys), lab.put(values), 10, 0.7)
+    expected, _ = PORTABLE["collect"](held.each(wide), wide(keys), wide(values), 10, 0.7)
+    np.testing.assert_array_equal(lab.get(pool.counts), expected.counts)
+    # The fourth power of a sum, in another order.
+    np.testing.assert_allclose(lab.get(pool.importance), expected.importance, rtol=2e-4)
 
 
 @pytest.mark.parametrize(("window", "asked", "dim"), [(40, 40, 40), (7, 5, 3), (150, 150, 128), (70, 66, 4)])
@@ -975,7 +1030,7 @@ def test_the_sketch_answers_as_well_as_with_the_portable_code(
     mine, portables = (np.linalg.norm(x.astype(np.float32) - exact) for x in (outputs, portable))
     assert mine < 1.1 * portables
     counts = library.get(state.counts)
-    assert counts.dtype == np.int32
+    assert counts.dtype == np.int64
     assert counts.sum(axis=1).tolist() == [130 - state.n_exact] * 2
     assert (counts > 0).sum() == (portable_state.counts > 0).sum()
     if "delta" in options:
@@ -1085,6 +1140,28 @@ def test_a_long_block_is_what_its_turns_are(
             pair = (library.get(getattr(s.queries, name))[:, : len(s.asked)] for s in (whole, other))
             if asked:
                 np.testing.assert_array_equal(*pair)
+
+
+@pytest.mark.parametrize("storage", ["input", "int8"])
+def test_a_long_block_counts_in_64_bits(library: Lab, storage: Any) -> None:
+    """Eight turns, which are replayed where they can be, and a token: as many tokens more, to the last."""
+    rng = np.random.default_rng(21)
+    queries, keys, values = (library.put(rng.normal(size=(2, 122, 8)).astype(np.float32)) for _ in range(3))
+    sketch = subgen.AttentionSketch(max_clusters=10, window=16, sink=2, storage=storage)
+    sketch.update(keys[:, :50], values[:, :50], queries[:, :50])
+    state: Any = sketch.state
+    counts = library.get(state.counts) << 40
+    long = replace(state, counts=library.put(counts), n_seen=int(counts[0].sum()) + state.n_exact)
+    sketch = sketch.continued(sketch.layout, long)
+    sketch.update(keys[:, 50:121], values[:, 50:121], queries[:, 50:121])
+    assert np.isfinite(library.get(sketch.step(*(x[:, 121:] for x in (queries, keys, values))))).all()
+    state = sketch.state
+    assert state.n_seen == long.n_seen + 72
+    found = library.get(state.counts)
+    assert found.dtype == np.int64
+    assert found.sum(axis=1).tolist() == [state.n_seen - state.n_exact] * 2
+    # The heavy clusters are there, with few tokens more.
+    assert (found >> 40).sum(axis=1).tolist() == (counts >> 40).sum(axis=1).tolist()
 
 
 def test_a_long_block_leaves_what_it_was_given(library: Lab) -> None:

@@ -18,6 +18,7 @@ from subgen_numpy import _absorbing, _attention, _merging, _rounding, _threads, 
 
 import subgen
 from subgen import absorbing, backends
+from subgen._checks import MOST_TOKENS
 from subgen.absorbing import Absorbed, Absorption, Dithers, Exact
 from subgen.backends import PORTABLE, Operations
 from subgen.merging import Means, bands
@@ -53,6 +54,7 @@ def given(
     dtype: Any = np.float32,
     nearest: float | None = None,
     asked: float = 1.0,
+    often: int = 1,
 ) -> tuple[Means, Exact]:
     """Clusters and exact tokens for `absorb`; a share of the clusters remembers another."""
     rng = np.random.default_rng(SEED)
@@ -61,7 +63,7 @@ def given(
     def normal(*shape: int) -> NDArray[Any]:
         return rng.normal(size=shape).astype(dtype)
 
-    counts = rng.integers(1, 9, (streams, clusters)).astype(np.int32)
+    counts = rng.integers(1, 9, (streams, clusters)) * often
     others = None
     if nearest is not None:
         others = (np.arange(clusters) + rng.integers(1, clusters, (streams, clusters))) % clusters
@@ -107,6 +109,7 @@ def portable_absorb(held: Means, exact: Exact, told: Absorption, _: Any) -> Abso
 
 CASES: dict[str, dict[str, Any]] = {
     "all compared": {},
+    "more than 32 bits count": {"often": 2**40, "nearest": 0.8},
     "one stream": {"streams": 1, "nearest": 0.9},
     "some remember": {"streams": 3, "nearest": 0.8},
     "few remember": {"nearest": 0.2},
@@ -382,7 +385,7 @@ def test_compiled_loops_attend_as_numpy_does(
 ) -> None:
     rng = np.random.default_rng(SEED)
     keys, values = (rng.normal(size=(3, n + 5, dim)).astype(stored)[:, :n] for dim in dims)
-    counts = rng.integers(0, 5, (3, clusters)).astype(np.int32)
+    counts = rng.integers(0, 5, (3, clusters)).astype(np.int64)
     spread = rng.random((3, clusters, 4)).astype(stored)
     queries = rng.normal(size=(3, rows, dims[0])).astype(np.float32)
     got = NUMPY["sketch_attention"](queries, keys, values, counts, spread)
@@ -411,7 +414,7 @@ def test_compiled_loops_attend_to_means_in_8_bits(
         )
         for dim in dims
     ]
-    counts = rng.integers(0, 5, (3, clusters)).astype(np.int32)
+    counts = rng.integers(0, 5, (3, clusters)).astype(np.int64)
     spread = rng.random((3, clusters, 4)).astype(stored)
     queries = rng.normal(size=(3, rows, dims[0])).astype(np.float32)
     given = (queries, keys, values, counts, spread, *codes, 0, OPS)
@@ -427,7 +430,7 @@ def test_compiled_loops_attend_to_means_in_8_bits(
 def test_compiled_loops_attend_to_nothing_and_to_what_is_no_number() -> None:
     rng = np.random.default_rng(SEED)
     keys, values, queries = (rng.normal(size=(4, 9, 8)).astype(np.float32) for _ in range(3))
-    counts, spread = np.ones((4, 9), np.int32), np.zeros((4, 9, 4), np.float32)
+    counts, spread = np.ones((4, 9), np.int64), np.zeros((4, 9, 4), np.float32)
     counts[0] = 0  # no place is taken
     keys[1, 8] = np.nan
     queries[2, 1] = np.nan
@@ -446,7 +449,8 @@ def test_compiled_loops_attend_to_nothing_and_to_what_is_no_number() -> None:
 @needs_loops
 def test_logarithms_of_counts() -> None:
     loops: Any = _attention.compiled("attention")
-    counts = np.unique(np.concatenate([np.arange(5000), 2.0 ** np.arange(31) - 1, [2**31 - 1]])).astype(np.int32)
+    powers = 2 ** np.arange(62)
+    counts = np.unique(np.concatenate([np.arange(5000), powers - 1, powers, [MOST_TOKENS]]))
     logs = np.empty(counts.size, np.float32)
     loops._logarithms(counts, logs)
     assert logs[0] == -np.inf

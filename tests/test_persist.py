@@ -22,9 +22,13 @@ from test_means import assert_same, stream
 import subgen
 from subgen import AttentionSketch
 from subgen.files import FileError
-from subgen.persist import FORMAT, _checksum
+from subgen.means import FEW_CLUSTERS
+from subgen.persist import FORMAT, VERSION, _checksum
 
 PAPER = {"delta": 1.0, "samples_per_cluster": 3, "value_samples": 7, "scale": None}
+# Files of version 1, float16, and what the release that wrote them answered.
+VERSION_1 = Path(__file__).parent / "data" / "version_1"
+ANSWERS: dict[str, Any] = json.loads((VERSION_1 / "answers.json").read_text())
 
 
 def make(variant: str) -> AttentionSketch:
@@ -167,6 +171,40 @@ def test_broken_files_are_refused(good: bytes, tmp_path_factory: pytest.TempPath
     assert np.isfinite(loaded.attend(np.ones((2, 1, 4), np.float32))).all()
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_files_of_version_1_are_read(name: str, tmp_path: Path) -> None:
+    """They have counts in int32; they are answered from, go on, and are written anew as files of this version."""
+    path, again = VERSION_1 / f"{name}.safetensors", tmp_path / "again.safetensors"
+    said = ANSWERS[name]
+    queries, answers = (np.asarray(said[what], np.float16) for what in ("queries", "answers"))
+    sketch = subgen.load(path)
+    assert (sketch.n_seen, np.asarray(sketch.n_clusters).tolist()) == (said["n_seen"], said["clusters"])
+    # Float32 in another order, rounded to float16.
+    np.testing.assert_allclose(sketch.attend(queries), answers, atol=2e-3)
+    state: Any = sketch.state
+    if name != "paper":
+        assert (load_file(path)["counts"].dtype, state.counts.dtype) == (np.int32, np.int64)
+        assert state.counts.sum(axis=1).tolist() == [sketch.n_seen - state.n_exact] * len(state.counts)
+        assert (state.nearest is not None) == (name == "many") == (state.counts.shape[1] > FEW_CLUSTERS)
+    sketch.save(again)
+    with safe_open(again, framework="numpy") as archive:
+        assert archive.metadata()["version"] == str(VERSION) == "2"
+    loaded = subgen.load(again)
+    # More tokens, and a merge.
+    rng = np.random.default_rng(0)
+    layout: Any = sketch.layout
+    keys, values = (rng.normal(size=(*layout.leading, 40, dim)) for dim in (layout.head_dim, layout.value_dim))
+    for one in (sketch, loaded):
+        one.update(keys.astype(np.float16), values.astype(np.float16))
+    np.testing.assert_array_equal(loaded.attend(queries), sketch.attend(queries))
+    both = subgen.merge(sketch, loaded)
+    assert both.n_seen == 2 * (said["n_seen"] + 40)
+    assert np.isfinite(both.attend(queries)).all()
+    if name == "everything":  # a budget of bytes, by which there are fewer clusters now
+        assert sketch.nbytes <= 2200
+        assert both.nbytes <= 2200
+
+
 def resign(path: Path, change: Any) -> None:
     """Alter a file and sign it anew: what a checksum cannot catch."""
     with safe_open(path, framework="numpy") as archive:
@@ -182,11 +220,13 @@ def resign(path: Path, change: Any) -> None:
     ("change", "message"),
     [
         (lambda t, c, m: m.update(format="other"), "no sketch"),
-        (lambda t, c, m: m.update(version="2"), "version 2.*upgrade subgen"),
+        (lambda t, c, m: m.update(version="3"), "version 3.*upgrade subgen"),
         (lambda t, c, m: m.update(version="-1"), "version"),
         (lambda t, c, m: t.pop("counts"), "holds no sketch.*counts"),
         (lambda t, c, m: t.update(more=np.zeros(3)), "more.*no such sketch has"),
         (lambda t, c, m: t.update(counts=t["counts"] - 5), "contradicts itself: counts"),
+        (lambda t, c, m: t["counts"].__iadd__(2**62), "contradicts itself: counts"),
+        (lambda t, c, m: c["plain"].update(n_seen=2**62), "more than can be counted"),
         (lambda t, c, m: t.update(counts=t["counts"].astype(np.float32)), "counts is float32"),
         (lambda t, c, m: t.update(spread=t["spread"][:, :-1]), "contradicts itself: places"),
         (lambda t, c, m: t.update(keys=t["keys"][..., :-1]), "keys has shape"),

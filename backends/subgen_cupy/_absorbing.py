@@ -97,13 +97,14 @@ def collect(
     chunks = ceil_div(rows, _ROWS)
     (held_keys, held_key_step), (held_values, held_value_step) = map(device.streams, means)
     (keys, key_step), (values, value_step) = map(device.streams, (keys, values))
-    counts, spread, importance = map(device.packed, (held.counts, held.spread, held.importance))
+    counts = device.packed(held.counts, "int64")
+    spread, importance = map(device.packed, (held.spread, held.importance))
     leaders = None if held.leaders is None else device.packed(held.leaders)
     nearest = None if held.nearest is None else device.packed(held.nearest, "int32")
     pool = Means(
         keys=device.empty((streams, places, head_dim), "float32"),
         values=device.empty((streams, places, value_dim), "float32"),
-        counts=device.empty((streams, places), "int32"),
+        counts=device.empty((streams, places), "int64"),
         spread=device.empty((streams, places, bands), "float32"),
         importance=device.empty((streams, places), "float32"),
         leaders=None if leaders is None else device.empty((streams, places, head_dim), stored),
@@ -230,7 +231,7 @@ def stored_like(device: Device, means: Means, exact: Exact, coded: bool, whole: 
         queries=codes(places - exact.sink, head_dim, "float32"),
         key_codes=codes(clusters, head_dim, dtype) if coded else None,
         value_codes=codes(clusters, value_dim, dtype) if coded else None,
-        counts=device.empty((streams, clusters), "int32") if whole else None,
+        counts=device.empty((streams, clusters), "int64") if whole else None,
         nearest=device.empty((streams, clusters), "int32") if whole else None,
     )
 

@@ -139,7 +139,7 @@ def attend(
     keys, values : array, shape (streams, n, head_dim) and (streams, n, value_dim)
         float16, bfloat16 or float32. Each stream may be the front of a longer buffer: it is read where it lies.
     clusters : (counts, spread), or None
-        Of the first pairs: int32 (streams, c) and (streams, c, bands). Log-weights as in `subgen.mass.log_weights`;
+        Of the first pairs: int64 (streams, c) and (streams, c, bands). Log-weights as in `subgen.mass.log_weights`;
         a count of zero is a free place.
     log_weights : float32 array, shape (1 or streams, 1 or m, n - c), or None
         Of the exact pairs; None is a weight of one.
@@ -168,7 +168,7 @@ def attend(
     # Without clusters, the variant that most calls with them need: one compilation for both.
     bands, spread_dtype = bands_of(head_dim), dtype
     if clusters is not None and mean_count:
-        counts, spread = device.packed(clusters[0], "int32"), device.packed(clusters[1])
+        counts, spread = device.packed(clusters[0], "int64"), device.packed(clusters[1])
         bands, spread_dtype = spread.shape[-1], element(spread.dtype)
     per_stream = per_row = 0
     if log_weights is not None:

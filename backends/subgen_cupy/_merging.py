@@ -124,7 +124,7 @@ def match(
     device : Device
     costs : float32 array, or None
         As `ward_costs` gives them. None if ``most`` is at least n: then clusters only close up.
-    counts : int32 array, shape (streams, n)
+    counts : int64 array, shape (streams, n)
     importance : float32 array, shape (streams, n)
         An order in which few rows of costs are read; the result does not depend on it.
     remembered : int32 array, shape (streams, n), or None
@@ -145,6 +145,7 @@ def match(
     nearest : int32 array, shape (streams, places), or None
         What the result remembers.
     """
+    counts = device.packed(counts, "int64")
     streams, n = counts.shape
     peers = _PEERS if device.clusters and streams <= _FEW_STREAMS and n >= _FEW_CLUSTERS else 1
     source, other = device.empty((streams, places), "int32"), device.empty((streams, places), "int32")
@@ -182,7 +183,7 @@ def packed(device: Device, means: Means) -> Means:
     return Means(
         keys=device.packed(means.keys, "float32"),
         values=device.packed(means.values, "float32"),
-        counts=device.packed(means.counts, "int32"),
+        counts=device.packed(means.counts, "int64"),
         spread=device.packed(means.spread, "float32"),
         importance=device.packed(means.importance, "float32"),
         leaders=None if means.leaders is None else device.packed(means.leaders),

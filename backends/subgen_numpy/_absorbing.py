@@ -54,14 +54,15 @@ def absorb_by_loops(held: Means, exact: Exact, told: Absorption, ops: Any) -> Ab
     most = min(told.most, n + leave)
     every = all(exact.asked)
     metrics = exact.keys if every else ops.query_moment(exact.window[0], queries, exact.asked, told.scale)
+    held_counts = held.counts.astype(np.int64, copy=False)
     places, arrays = in_memory(
-        *(held.keys, held.values, held.counts, held.spread, held.importance),
-        held.counts if held.nearest is None else held.nearest,
+        *(held.keys, held.values, held_counts, held.spread, held.importance),
+        held_counts if held.nearest is None else held.nearest,
         *(exact.keys, exact.values, queries.codes, queries.scales, metrics),
     )
     new_keys, new_values = (np.empty((streams, most + room, x.shape[-1]), wide) for x in (exact.keys, exact.values))
     counts, spread, importance = (
-        np.empty((streams, most, *x.shape[2:]), x.dtype) for x in (held.counts, held.spread, held.importance)
+        np.empty((streams, most, *x.shape[2:]), x.dtype) for x in (held_counts, held.spread, held.importance)
     )
     nearest = np.empty((streams, 0 if held.nearest is None else most), np.int32)
     codes, scales = np.empty_like(queries.codes), np.empty_like(queries.scales)

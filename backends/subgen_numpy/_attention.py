@@ -43,7 +43,7 @@ def sketch_attention(
     rows: Floats,
     keys: Floats,
     values: Floats,
-    counts: NDArray[np.int32],
+    counts: NDArray[np.int64],
     spread: Floats,
     causal: int = 0,
     weighted: Callable[..., tuple[Floats, Floats]] = weighted_attention,
@@ -79,7 +79,7 @@ def coded_attention(
     rows: Floats,
     keys: Floats,
     values: Floats,
-    counts: NDArray[np.int32],
+    counts: NDArray[np.int64],
     spread: Floats,
     key_codes: Codes,
     value_codes: Codes,
@@ -111,7 +111,7 @@ def _answers(
     rows: Floats,
     keys: Floats,
     values: Floats,
-    counts: NDArray[np.int32],
+    counts: NDArray[np.int64],
     spread: Floats,
     coded: tuple[Codes, ...] = (),
 ) -> tuple[Floats, Floats]:
@@ -128,8 +128,8 @@ def _answers(
     if m % loops.ROWS:
         rows = _filled_up(rows, m + -m % loops.ROWS)
     codes = [x.codes for x in coded]
-    places, arrays = in_memory(rows, keys, values, counts, spread, *codes, *scales)
-    kinds = like(np.int32), like(np.int8), like(dtype)
+    places, arrays = in_memory(rows, keys, values, counts.astype(np.int64, copy=False), spread, *codes, *scales)
+    kinds = like(np.int64), like(np.int8), like(dtype)
     sizes = rows.shape[1], keys.shape[1], counts.shape[1], rows.shape[2]
 
     # The arrays are there as long as a thread may come.

@@ -64,7 +64,8 @@ def absorb(
         Where there are, see `subgen_numpy._compiled_streams.in_memory`:
 
         - keys, values, counts, spread, importance and nearest of the clusters that are held, shape
-          (streams, clusters, ...): see `subgen.merging.Means`; no place is free;
+          (streams, clusters, ...): see `subgen.merging.Means`; counts are int64, no place is free, and nearest is not
+          read if there is no ``new_nearest``;
         - keys and values that are held exactly, shape (streams, sink + window, dim);
         - queries in the window, int8, shape (streams, window, head_dim), and their scales, shape (streams, window);
         - metrics, shape (streams, head_dim, head_dim).
@@ -74,7 +75,8 @@ def absorb(
         See `subgen.absorbing.absorb`.
     new_keys, new_values : array, shape (streams, most + sink + window, dim)
         This and what follows is written.
-    new_counts, new_spread, new_importance : array, shape (streams, most, ...)
+    new_counts : int64 array, shape (streams, most)
+    new_spread, new_importance : array, shape (streams, most, ...)
     new_nearest : int32 array, shape (streams, most) or (streams, 0)
         The latter if none remembers a nearest other.
     new_codes, new_scales : array, shape (streams, window, head_dim) and (streams, window)
@@ -86,7 +88,7 @@ def absorb(
     sink, dtype = room_for_exact - window, new_keys.dtype
     # What joins the clusters and merges with them, and its keys as points whose squared distances are costs.
     pool_keys, pool_values = np.empty((total, dim), dtype), np.empty((total, value_dim), dtype)
-    pool_counts, pool_spread = np.empty(total, np.int32), np.empty((total, bands), dtype)
+    pool_counts, pool_spread = np.empty(total, np.int64), np.empty((total, bands), dtype)
     pool_importance, pool_nearest = np.empty(total, dtype), np.empty(total, np.int64)
     centred, mapped = np.empty((total, dim), dtype), np.empty((total, dim), dtype)
     points, of_new = np.empty((total, dim + value_dim), dtype), np.empty((total, dim + value_dim), dtype)
@@ -119,7 +121,7 @@ def absorb(
             for band in range(bands):
                 pool_spread[i, band] = 0
         if remembers:
-            nearest = in_memory(places, 5, s, (n,), new_counts)
+            nearest = in_memory(places, 5, s, (n,), new_nearest)
             for i in range(n):
                 pool_nearest[i] = nearest[i]
         if told:

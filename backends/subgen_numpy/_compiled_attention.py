@@ -62,13 +62,13 @@ def answer(
         - scaled queries, float32, shape (streams, m, head_dim): m is a multiple of `ROWS`;
         - keys, shape (streams, n, head_dim): the clusters come first;
         - values, shape (streams, n, value_dim);
-        - counts, int32, shape (streams, clusters): 0 where a place is free;
+        - counts, int64, shape (streams, clusters): 0 where a place is free;
         - spread, shape (streams, clusters, 4): see `subgen.merging.Means`.
 
         With means in 8 bits, keys and values are those of the n exact pairs alone, and behind these there are, of the
         clusters, codes of keys and of values, int8, shape (streams, clusters, dim), and their scales,
         shape (streams, clusters).
-    integers : int32 array
+    integers : int64 array
     codes : int8 array
     stored : array
         Of the dtype of keys, values, spread and scales: float32, or words; see `subgen_numpy._words`.

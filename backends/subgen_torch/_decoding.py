@@ -26,7 +26,7 @@ class _Shared:
 
     keys: NDArray[Any]
     values: NDArray[Any]
-    counts: NDArray[np.int32]
+    counts: NDArray[np.int64]
     spread: NDArray[Any]
     key_codes: Codes | None
     value_codes: Codes | None

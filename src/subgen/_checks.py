@@ -11,6 +11,7 @@ import numpy as np
 from ._array import Array, Namespace, array_namespace, is_floating, library_name
 
 __all__ = [
+    "MOST_TOKENS",
     "check_alike",
     "check_block",
     "check_choice",
@@ -18,11 +19,15 @@ __all__ = [
     "check_flag",
     "check_groups",
     "check_integer",
+    "check_length",
     "check_ratio",
     "check_real",
     "check_scale",
     "check_seed",
 ]
+
+#: Tokens of the longest stream: with them, sums of two counts and the moments of reservoirs fit in 64 bits.
+MOST_TOKENS = 2**62 - 1
 
 
 def check_real(
@@ -49,6 +54,15 @@ def check_integer(name: str, value: Any, *, minimum: int = 1, maximum: int | Non
     if number < minimum or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {bound}, got {value!r}")
     return number
+
+
+def check_length(n_seen: int, more: int) -> None:
+    """Raise if a stream of so many tokens, and as many more, is longer than can be counted."""
+    if n_seen + more > MOST_TOKENS:
+        raise OverflowError(
+            f"a sketch counts up to 2**62 - 1 tokens, got {n_seen:,} and {more:,} more; nothing was changed: start "
+            f"another sketch for what follows, and merge its answers by logsumexp"
+        )
 
 
 def check_seed(seed: Any) -> int:

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._checks import MOST_TOKENS
 from .clustering import room_for
-from .counter import DRAW_BITS
 from .files import FileError
 from .means import FEW_CLUSTERS, ClusterMeans, MeansState
 from .paper import Paper
+from .sampling import last_count
 from .state import PaperState
 
 __all__ = ["check_sizes", "check_state"]
-
-# Moments of reservoirs are counts times 2**DRAW_BITS, in 64 bits.
-_LONGEST = 1 << (63 - DRAW_BITS)
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -90,7 +88,7 @@ def check_state(state: Any, arrays: Arrays, method: Any, *, finite: bool) -> Non
     FileError
         If a sketch could not have left such a state behind.
     """
-    _need(1 <= state.n_seen < _LONGEST, "no token seen, or more than can be counted")
+    _need(1 <= state.n_seen <= MOST_TOKENS, "no token seen, or more than can be counted")
     if isinstance(state, PaperState) and isinstance(method, Paper):
         _check_paper(state, arrays, method)
         copied = [
@@ -111,15 +109,21 @@ def _need(condition: Any, words: str) -> None:
         raise FileError(f"holds a state that contradicts itself: {words}")
 
 
+def _need_counts(counts: NDArray[np.int64], total: int) -> None:
+    """Check that the members of the clusters of each stream are so many."""
+    _need((counts >= 0).all() and (counts <= total).all(), "counts")
+    # Where no sum of the first few is beyond the total, none is beyond 64 bits either.
+    _need((np.cumsum(counts, axis=-1) <= total).all() and (counts.sum(axis=-1) == total).all(), "counts")
+
+
 def _check_paper(state: PaperState, arrays: Arrays, method: Paper) -> None:
     counts, due = arrays["clusters.counts"], arrays["clusters.due"]
     _need(len({arrays[f"clusters.{name}"].shape[1] for name in ("centres", "counts", "samples", "due")}) == 1, "places")
     _need(counts.shape[1] >= room_for(0), "places")
     _need(due.shape[2] == arrays["clusters.samples"].shape[2] == method.t, "samples")
-    _need((counts >= 0).all() and (counts <= state.n_seen).all(), "counts")
-    _need((counts.sum(axis=-1) == state.n_seen).all(), "counts")
+    _need_counts(counts, state.n_seen)
     _need((np.diff((counts > 0).astype(int), axis=-1) <= 0).all(), "clusters with gaps")
-    most = np.where(counts > 0, (np.int64(state.n_seen) << DRAW_BITS) + 1, 1)
+    most = np.where(counts > 0, np.int64(last_count(state.n_seen)), 1)
     _need((due > counts[..., None]).all() and (due <= most[..., None]).all(), "moments of the samples")
     weight, due = arrays["reservoir.weight"], arrays["reservoir.due"]
     _need({arrays[f"reservoir.{name}"].shape[1] for name in ("keys", "values", "due")} == {method.s}, "slots")
@@ -138,7 +142,7 @@ def _check_means(state: MeansState, arrays: Arrays, method: ClusterMeans) -> Non
     _need(len(state.asked) == max(0, state.n_exact - method.sink), "queries of the window")
     _need(arrays["queries.codes"].shape[1] == arrays["queries.scales"].shape[1] == method.window, "queries")
     absorbed = state.n_seen - state.n_exact
-    _need((counts >= 0).all() and (counts.sum(axis=-1, dtype=np.int64) == absorbed).all(), "counts")
+    _need_counts(counts, absorbed)
     _need(not (arrays["spread"] < 0).any(), "spread below zero")
     _need((arrays["importance"] >= 0).all() and np.isfinite(arrays["importance"]).all(), "importance")
     _need((state.nearest is None) == (method.delta is not None or counts.shape[1] <= FEW_CLUSTERS), "nearest clusters")
@@ -151,7 +155,7 @@ def _check_means(state: MeansState, arrays: Arrays, method: ClusterMeans) -> Non
         _need((place >= 0).all() and (place < max(1, counts.shape[1])).all(), "clusters of the sample")
         if absorbed:
             _need((np.take_along_axis(counts, place.astype(np.int64), axis=1) > 0).all(), "clusters of the sample")
-        _need((due > absorbed).all() and (due <= (absorbed << DRAW_BITS) + 1).all(), "moments of the sample")
+        _need((due > absorbed).all() and (due <= last_count(absorbed)).all(), "moments of the sample")
 
 
 def _check_nearest(nearest: NDArray[np.int64], live: NDArray[np.bool_]) -> None:

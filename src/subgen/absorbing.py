@@ -249,7 +249,7 @@ class Absorbed:
     Attributes
     ----------
     settled : Settled
-    counts : int32 array, shape (streams, clusters)
+    counts : int64 array, shape (streams, clusters)
     nearest : int32 array, shape (streams, clusters), or None
         See `subgen.merging.Means`.
     moved : int64 array, shape (streams, clusters that were held + tokens that left)

@@ -54,7 +54,7 @@ class Turned:
     ----------
     settled : Settled
         Of the last turn, with its tokens written.
-    counts : int32 array, shape (streams, clusters)
+    counts : int64 array, shape (streams, clusters)
     nearest : int32 array, shape (streams, clusters), or None
     """
 

@@ -83,15 +83,21 @@ def draws(key: tuple[Array, Array], slots: Array, numbers: Array, threefry: Thre
     ----------
     key : (int64 array, int64 array)
         From `stream_key`, shaped to broadcast with ``slots``.
-    slots, numbers : int64 arrays
-        The slot that draws and the number of its draw; both are used modulo ``2**32``.
+    slots, numbers : int64 arrays, or ints
+        The slot that draws, below ``2**32``, and the number of its draw, at least 0.
 
     Returns
     -------
     int64 array
         Of the broadcast shape.
+
+    Notes
+    -----
+    A number is two words: the lower one is the counter, the upper one goes into the key. Were it left out, draws would
+    repeat after ``2**32`` tokens, and merged streams whose lengths differ by a multiple of that would all choose alike.
     """
-    bits, _ = threefry(key[0], key[1], slots & _MASK, numbers & _MASK)
+    key1 = key[1] ^ (numbers >> 32 & _MASK)
+    bits, _ = threefry(key[0], key1, slots & _MASK, numbers & _MASK)
     return ((bits >> 8) << 1) + 1
 
 

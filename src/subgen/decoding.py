@@ -25,7 +25,7 @@ class Held(Protocol):
 
     @property
     def counts(self) -> Array:
-        """Tokens of each cluster: int32, shape (streams, clusters)."""
+        """Tokens of each cluster: int64, shape (streams, clusters)."""
 
     @property
     def spread(self) -> Array:

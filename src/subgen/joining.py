@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
-from ._checks import check_alike
+from ._checks import check_alike, check_length
 from .backends import operations_for
 from .joined_means import join_means
 from .joined_paper import join_paper
@@ -57,6 +58,8 @@ def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketc
         If one is no sketch, or arrays are of another library, dtype or device.
     ValueError
         If they differ in method, parameters or shapes.
+    OverflowError
+        If they have seen more than ``2**62 - 1`` tokens together, more than a sketch counts.
 
     Notes
     -----
@@ -88,6 +91,8 @@ def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketc
         _check_method(first.method, sketch.method, place)
         if filled is not None and sketch.layout is not None:
             _check_layout(filled, sketch.layout, place)
+    for place, length in enumerate(accumulate(sketch.n_seen for sketch in sketches[:-1]), start=1):
+        check_length(length, sketches[place].n_seen)
     return reduce(_merge, sketches)
 
 

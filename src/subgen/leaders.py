@@ -58,7 +58,7 @@ def join_leaders(held: Means, more: Means, delta: float, ops: Operations) -> tup
         weights * (band_means(difference * difference) + more.spread),
         more.importance[:, :, None],
     )
-    counts = held.counts + xp.astype(added, xp.int32)
+    counts = held.counts + added
     total = xp.astype(xp.where(counts > 0, counts, xp.ones_like(counts)), wide)[:, :, None]
     shift = shift / total
     spread = (old * held.spread + squares) / total - band_means(shift * shift)

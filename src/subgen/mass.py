@@ -69,7 +69,7 @@ def sketch_attention(
         Scaled queries, in the dtype to compute in.
     keys, values : array, shape (streams, clusters + exact, ...)
         Any floating dtype; the clusters come first.
-    counts : int32 array, shape (streams, clusters)
+    counts : int64 array, shape (streams, clusters)
         Members of each cluster; 0 marks a place that is free.
     spread : array, shape (streams, clusters, bands)
         See `subgen.merging.Means`.

@@ -80,7 +80,7 @@ class MeansState:
         Exact tokens: sinks first, then the window.
     n_seen : int
         Tokens so far.
-    counts : int32 array, shape (streams, clusters)
+    counts : int64 array, shape (streams, clusters)
     spread, importance : array, shape (streams, clusters, bands) and (streams, clusters)
         See `subgen.merging.Means`; in the dtype of the input.
     key_codes, value_codes : Codes or None
@@ -176,7 +176,7 @@ class ClusterMeans:
         return Footprint(
             streams=keys.shape[0],
             pair=pair,
-            cluster=mean + 4 + size * (bands(d) + 1) + (0 if self.delta is None else size * d),
+            cluster=mean + 8 + size * (bands(d) + 1) + (0 if self.delta is None else size * d),
             fixed=pair * (self.sink + self.window) + (d + wide) * self.window + self.residual_samples * (pair + 4 + 8),
             window=self.window,
             few=FEW_CLUSTERS,
@@ -206,7 +206,7 @@ class ClusterMeans:
             values=zeros(self.sink + self.window, e),
             n_exact=0,
             n_seen=0,
-            counts=zeros(0, dtype=xp.int32),
+            counts=zeros(0, dtype=xp.int64),
             spread=zeros(0, bands(d)),
             importance=zeros(0),
             key_codes=Codes(zeros(0, d, dtype=xp.int8), zeros(0)) if coded else None,

@@ -39,7 +39,7 @@ class Means:
     ----------
     keys, values : array, shape (streams, clusters, head_dim) and (streams, clusters, value_dim)
         Means of the members. As they are stored they may be `subgen.rounding.Codes`.
-    counts : int32 array, shape (streams, clusters)
+    counts : int64 array, shape (streams, clusters)
         Number of members; zero marks a place that is free.
     spread : array, shape (streams, clusters, bands)
         Variance of the members' keys about their mean, averaged over the coordinates of each band; see `bands`.
@@ -107,7 +107,7 @@ def clusters_of_one(
     """
     xp = array_namespace(keys)
     shape, device = tuple(keys.shape[:2]), keys.device
-    counts = xp.ones(shape, dtype=xp.int32, device=device)
+    counts = xp.ones(shape, dtype=xp.int64, device=device)
     return Means(
         keys=keys,
         values=values,

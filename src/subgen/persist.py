@@ -33,7 +33,8 @@ from .tail import Tail
 __all__ = ["FORMAT", "VERSION", "load", "save"]
 
 FORMAT = "subgen sketch"
-VERSION = 1
+# 1: the default sketch counted members in int32. 2: in int64.
+VERSION = 2
 _DTYPES = ("float16", "float32", "float64", "bfloat16")
 _HELP = "expected a file written by AttentionSketch.save"
 
@@ -116,7 +117,7 @@ def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
         raise FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}") from error
     config = _verify(path, metadata, tensors)
     try:
-        return _restore(config, tensors, like)
+        return _restore(config, _in_64_bits(tensors), like)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     except Exception as error:  # a file that is well signed, but says what no sketch is
@@ -142,6 +143,14 @@ def _verify(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, NDArr
     if not isinstance(config, dict):
         raise FileError(f"{path}: holds no configuration; {_HELP}")
     return config
+
+
+def _in_64_bits(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a file with counts of members in int64; version 1 has them in int32."""
+    counts = tensors.get("counts")
+    if counts is None or counts.dtype != np.int32:
+        return tensors
+    return {**tensors, "counts": counts.astype(np.int64)}
 
 
 def _checksum(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:

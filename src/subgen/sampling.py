@@ -15,20 +15,26 @@ replaces it next. The rounds tell both what the slots hold after the block and w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, clip, positions
+from ._checks import MOST_TOKENS
 from .counter import DRAW_BITS, Threefry, draws
 
 __all__ = [
     "drawn_places",
     "first_reaching",
     "group_tokens",
+    "last_count",
     "latest",
     "next_count",
     "replace",
     "uniform_rounds",
     "weighted_rounds",
 ]
+
+# A slot that is next replaced at this count times 2**DRAW_BITS never is: no stream is that long.
+_NEVER = (MOST_TOKENS + 1) >> DRAW_BITS
 
 
 def first_reaching(ascending: Array, targets: Array) -> Array:
@@ -58,8 +64,18 @@ def first_reaching(ascending: Array, targets: Array) -> Array:
     return high
 
 
-def _draw(hit: Array, key: tuple[Array, Array], slots: Array, numbers: Array, threefry: Threefry) -> Array:
-    """Draw for the slots that are hit, zero elsewhere: encrypting only the few that need it."""
+def _draw(
+    hit: Array,
+    key: tuple[Array, Array],
+    slots: Array,
+    numbers: Array,
+    threefry: Threefry,
+    use: Callable[[Array, Array], Array] | None = None,
+) -> Array:
+    """Draw for the slots that are hit, zero elsewhere: encrypting only the few that need it.
+
+    With ``use`` it is what that makes of the numbers and what was drawn.
+    """
     xp = array_namespace(hit)
     flat = xp.reshape(hit, (-1,))
     (chosen,) = xp.nonzero(flat)
@@ -70,7 +86,10 @@ def _draw(hit: Array, key: tuple[Array, Array], slots: Array, numbers: Array, th
     def pick(x: Array) -> Array:
         return xp.take(xp.reshape(xp.broadcast_to(x, hit.shape), (-1,)), chosen)
 
-    drawn = draws((pick(key[0]), pick(key[1])), pick(slots), pick(numbers), threefry)
+    chosen_numbers = pick(numbers)
+    drawn = draws((pick(key[0]), pick(key[1])), pick(slots), chosen_numbers, threefry)
+    if use is not None:
+        drawn = use(chosen_numbers, drawn)
     rank = xp.cumulative_sum(xp.astype(flat, xp.int64)) - 1
     drawn = xp.take(drawn, xp.where(flat, rank, xp.zeros_like(rank)))
     return xp.reshape(xp.where(flat, drawn, xp.zeros_like(drawn)), hit.shape)
@@ -141,9 +160,7 @@ def uniform_rounds(
         place = xp.where(hit, start[:, :, None] + due - counts[:, :, None] - 1, xp.zeros_like(due))
         token = xp.take_along_axis(order, xp.reshape(place, (streams, -1)), axis=-1)
         rounds.append(xp.where(hit, xp.reshape(token, due.shape), xp.full_like(due, n)))
-        drawn = _draw(hit, key, slots, due, threefry)
-        skipped = next_count(due, xp.where(hit, drawn, xp.ones_like(drawn)))
-        due = xp.where(hit, skipped, due)
+        due = xp.where(hit, _draw(hit, key, slots, due, threefry, next_count), due)
         hit = due <= end
     return due, rounds
 
@@ -154,14 +171,24 @@ def next_count(counts: Array, drawn: Array) -> Array:
     Parameters
     ----------
     counts : int64 array
+        Up to `subgen._checks.MOST_TOKENS`.
     drawn : int64 array
         From `subgen.counter.draws`.
 
     Returns
     -------
     int64 array
+        Exact up to `subgen._checks.MOST_TOKENS`, and some number above that where it is larger.
     """
-    return (counts << DRAW_BITS) // drawn + 1
+    # Division in two steps: counts * 2**DRAW_BITS takes more than 64 bits from 2**38 tokens on.
+    whole = counts // drawn
+    rest = counts - whole * drawn
+    return (clip(whole, None, _NEVER) << DRAW_BITS) + (rest << DRAW_BITS) // drawn + 1
+
+
+def last_count(n: int) -> int:
+    """Return the largest number that `next_count` gives for a count of ``n``, whatever was drawn."""
+    return (min(n, _NEVER + 1) << DRAW_BITS) + 1
 
 
 def drawn_places(counts: Array, drawn: Array) -> Array:
@@ -172,6 +199,7 @@ def drawn_places(counts: Array, drawn: Array) -> Array:
     Parameters
     ----------
     counts : int64 array
+        Up to `subgen._checks.MOST_TOKENS`.
     drawn : int64 array
         From `subgen.counter.draws`.
 
@@ -179,7 +207,9 @@ def drawn_places(counts: Array, drawn: Array) -> Array:
     -------
     int64 array
     """
-    return (counts * drawn) >> DRAW_BITS
+    # A product in two parts: as one it takes more than 64 bits from 2**38 tokens on.
+    rest = counts & ((1 << DRAW_BITS) - 1)
+    return (counts >> DRAW_BITS) * drawn + ((rest * drawn) >> DRAW_BITS)
 
 
 def weighted_rounds(

@@ -16,6 +16,7 @@ from ._checks import (
     check_flag,
     check_groups,
     check_integer,
+    check_length,
     check_real,
     check_scale,
     check_seed,
@@ -567,6 +568,7 @@ class AttentionSketch:
                     f"{tuple(values.shape)}; pass blocks of these shapes, or start another sketch"
                 )
             check_alike("keys", keys, "the stream so far", layout.example)
+            check_length(self.n_seen, keys.shape[-2])
         if queries is not None:
             check_groups(queries, keys, finite=self._finite)
             if queries.shape[-2] != keys.shape[-2]:

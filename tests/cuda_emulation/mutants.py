@@ -35,7 +35,7 @@ _PEERS = 2
 def _attend(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, n, 64)).astype(np.float32) for n in (4, 80, 80))
-    counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int32), rng.random((2, 40, 4)).astype(np.float32)
+    counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int64), rng.random((2, 40, 4)).astype(np.float32)
     return list(_attention.attend(device, q * 0.1, k, v, (counts, spread)))
 
 
@@ -61,7 +61,7 @@ def _decode(device: EmulatedDevice) -> list[Any]:
     results = []
     for n_exact, counted in [(1, False), (2, False), (5, True), (1, True)]:
         keys, values = rng.normal(size=(2, 2, 50, 64)).astype(np.float16)
-        counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int32), rng.random((2, 40, 4)).astype(np.float16)
+        counts, spread = rng.integers(1, 4, size=(2, 40)).astype(np.int64), rng.random((2, 40, 4)).astype(np.float16)
         codes = Codes(np.zeros((2, 8, 64), np.int8), np.zeros((2, 8), np.float32))
         held = Sketch(keys, values, counts, spread, None, None, codes, 40, n_exact, n_exact + 41)
         counters = None
@@ -86,7 +86,7 @@ def _merge(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 3, 90, 40)).astype(np.float32)
     values = values[..., :24]  # an odd number of chunks in all
-    counts, importance = rng.integers(1, 5, size=(3, 90)).astype(np.int32), rng.random((3, 90)).astype(np.float32)
+    counts, importance = rng.integers(1, 5, size=(3, 90)).astype(np.int64), rng.random((3, 90)).astype(np.float32)
     spread = rng.random((3, 90, 4)).astype(np.float32)
     means = Means(keys, values, counts, spread, importance)
     scale = np.ones(3, np.float32)
@@ -100,7 +100,7 @@ def _remember(device: EmulatedDevice) -> list[Any]:
     """Streams in which enough are new; nothing has to merge; all remember one; a few less than enough are new."""
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 4, 90, 8)).astype(np.float32)
-    counts, importance = rng.integers(1, 5, size=(4, 90)).astype(np.int32), rng.random((4, 90)).astype(np.float32)
+    counts, importance = rng.integers(1, 5, size=(4, 90)).astype(np.int64), rng.random((4, 90)).astype(np.float32)
     counts[0, :9] = counts[0, 58:84] = counts[1, 60:] = counts[1, 7:40:3] = counts[3, 60:] = 0
     known = np.tile((np.arange(90, dtype=np.int32) + 7) % 60, (4, 1))
     known[0, 30:], known[0, 40:45] = np.arange(23, 83), -1
@@ -114,7 +114,7 @@ def _remember(device: EmulatedDevice) -> list[Any]:
 def _merge_all(device: EmulatedDevice) -> list[Any]:
     """Also costs of more than one tile of pairs."""
     rng = np.random.default_rng(1)
-    keys, counts = rng.normal(size=(1, 140, 8)).astype(np.float32), np.ones((1, 140), np.int32)
+    keys, counts = rng.normal(size=(1, 140, 8)).astype(np.float32), np.ones((1, 140), np.int64)
     means = Means(keys, keys, counts, np.zeros((1, 140, 4), np.float32), np.ones((1, 140), np.float32))
     costs = _merging.ward_costs(device, means, None, np.ones(1, np.float32))
     return [costs, *_merge(device), *_remember(device)]
@@ -126,7 +126,7 @@ def _match(device: EmulatedDevice) -> list[Any]:
     keys, values = rng.normal(size=(2, 3, 150, 8)).astype(np.float32)
     keys[0, ::9] *= 0.1
     keys[2], values[2] = rng.integers(-1, 2, size=(150, 8)) * (np.arange(8) < 1), 0.0
-    counts, importance = np.ones((3, 150), np.int32), (0.1 + rng.random((3, 150))).astype(np.float32)
+    counts, importance = np.ones((3, 150), np.int64), (0.1 + rng.random((3, 150))).astype(np.float32)
     importance[2] = 1.0
     nearest = np.full((3, 150), -1, np.int32)
     nearest[1] = (np.arange(150) + 7) % 150
@@ -137,7 +137,7 @@ def _match(device: EmulatedDevice) -> list[Any]:
     index = np.arange(120)
     costs[:, index, index[::-1]] = 0.0
     costs[:, index, index] = costs[:, 7] = costs[:, :, 7] = np.inf
-    known = np.ones((1, 120), np.int32), rng.random((1, 120)).astype(np.float32), np.full((1, 120), -1, np.int32)
+    known = np.ones((1, 120), np.int64), rng.random((1, 120)).astype(np.float32), np.full((1, 120), -1, np.int32)
     matched = _merging.match(device, costs, *known, 100, 120, np.zeros((1, 120), np.int64), True)
     # As many others, of four costs.
     few = np.triu(rng.integers(1, 5, size=(128, 128)), 1).astype(np.float32)
@@ -156,7 +156,7 @@ def _match_together(device: EmulatedDevice) -> list[Any]:
 def _absorb(device: EmulatedDevice) -> list[Any]:
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 2, 80, 40)).astype(np.float32)
-    counts, spread = rng.integers(1, 5, size=(2, 50)).astype(np.int32), rng.random((2, 50, 4)).astype(np.float32)
+    counts, spread = rng.integers(1, 5, size=(2, 50)).astype(np.int64), rng.random((2, 50, 4)).astype(np.float32)
     held = Means(keys[:, :50], values[:, :50], counts, spread, rng.random((2, 50)).astype(np.float32))
     held = replace(held, nearest=rng.integers(-1, 50, size=(2, 50)).astype(np.int32))
     pool, scale = _absorbing.collect(device, held, keys, values, 30, 1.0)

@@ -32,10 +32,10 @@ def main() -> None:
     for n, c, rows in [(1, 1, 3), (37, 45, 7)]:
         q, k, v = draw(2, rows, 24), draw(2, c + n, 24), draw(2, c + n, 40)
         weights, counts, spread = draw(2, rows, n), abs(draw(2, c)), abs(draw(2, c, 4))
-        _attention.attend(device, q, k, v, (counts.astype(np.int32), spread), weights)
+        _attention.attend(device, q, k, v, (counts.astype(np.int64), spread), weights)
     for clusters, n_exact, dims, group in [(0, 0, (3, 5), 1), (37, 11, (40, 3), 5)]:
         spread, codes = abs(draw(2, clusters, 4 if dims[0] % 4 == 0 else 1)), draw(2, 9, dims[0]).astype(np.int8)
-        counts = abs(draw(2, clusters)).astype(np.int32)
+        counts = abs(draw(2, clusters)).astype(np.int64)
         buffers, queries = [draw(2, clusters + 12, dim) for dim in dims], Codes(codes, abs(draw(2, 9)))
         held = Sketch(*buffers, counts, spread, None, None, queries, clusters, n_exact, n_exact)
         counters = np.zeros(2, np.int64)
@@ -51,7 +51,7 @@ def main() -> None:
         clusters = np.array([0, capacity])
         _leaders.leaders(device, draw(2, n, head_dim), draw(2, capacity, head_dim), clusters, 9.0)
     for n, most, dims in [(1, 1, (8, 3)), (45, 20, (40, 3)), (133, 120, (5, 7))]:
-        counts, spread, importance = abs(draw(2, n)).astype(np.int32), abs(draw(2, n, 1)), abs(draw(2, n))
+        counts, spread, importance = abs(draw(2, n)).astype(np.int64), abs(draw(2, n, 1)), abs(draw(2, n))
         leaders = draw(2, n, dims[0]).astype(np.float16)
         means = Means(draw(2, n, dims[0]), draw(2, n, dims[1]), counts, spread, importance, leaders)
         metric = np.tile(np.eye(dims[0], dtype=np.float32), (2, 1, 1))
@@ -59,10 +59,10 @@ def main() -> None:
         known = np.where(counts > 0, rng.integers(-1, n, size=(2, n)), -1).astype(np.int32)
         _merging.shrink(device, replace(means, nearest=known), metric, np.ones(2, np.float32), most, most)
     for c, window, leave, dims in [(0, 1, 1, (3, 5)), (37, 45, 20, (40, 3))]:
-        counts, bands = abs(draw(2, c)).astype(np.int32), 4 if dims[0] % 4 == 0 else 1
+        counts, bands = abs(draw(2, c)).astype(np.int64), 4 if dims[0] % 4 == 0 else 1
         held = Means(draw(2, c, dims[0]), draw(2, c, dims[1]), counts, abs(draw(2, c, bands)), abs(draw(2, c)))
         held = replace(held, nearest=rng.integers(-1, max(c, 1), size=(2, c)).astype(np.int32))
-        held = held.each(lambda x: x if x.dtype == np.int32 else x.astype(np.float16))
+        held = held.each(lambda x: x if x.dtype.kind == "i" else x.astype(np.float16))
         keys, values = (draw(2, window + 2, dim).astype(np.float16) for dim in dims)
         queries = Codes(draw(2, window, dims[0]).astype(np.int8), abs(draw(2, window)))
         pool, _ = _absorbing.collect(device, held, keys[:, 2:], values[:, 2:], leave, 1.0)

@@ -70,13 +70,13 @@ __device__ __forceinline__ void add_direction(const T* key, float scale, float l
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
        const ELEMENT* __restrict__ key_scales, const ELEMENT* __restrict__ value_scales,
-       const int* __restrict__ held_counts,
+       const long long* __restrict__ held_counts,
        const ELEMENT* __restrict__ held_spread, const ELEMENT* __restrict__ held_importance,
        const ELEMENT* __restrict__ held_leaders, const int* __restrict__ held_nearest,
        const ELEMENT* __restrict__ window_keys, const ELEMENT* __restrict__ window_values,
        long long held_key_step, long long held_value_step, long long key_step, long long value_step, int clusters,
        int window, int leave, int head_dim, int value_dim, int bands, float* __restrict__ keys,
-       float* __restrict__ values, int* __restrict__ counts, float* __restrict__ spread,
+       float* __restrict__ values, long long* __restrict__ counts, float* __restrict__ spread,
        float* __restrict__ importance, ELEMENT* __restrict__ leaders, int* __restrict__ nearest,
        float* __restrict__ sums, float* __restrict__ lengths, float* __restrict__ norms,
        const double* __restrict__ turns, const long long* __restrict__ turn, long long* __restrict__ next_turn) {
@@ -98,7 +98,7 @@ gather(const MEAN* __restrict__ held_keys, const MEAN* __restrict__ held_values,
     if (row < clusters) {
       const long long cluster = stream * clusters + row;
       const MEAN* key = held_keys + stream * held_key_step + (long long)row * head_dim;
-      const int count = held_counts[cluster];
+      const long long count = held_counts[cluster];
       const float scale = key_scales ? widen_scale(key_scales[cluster]) : 1.0f;
       length = or_one(widen_row(key, scale, to_key, head_dim));
       add_direction(key, scale, length, (float)count, head_dim, sum);
@@ -211,7 +211,7 @@ __device__ __forceinline__ float block_sum(float x, float (&sums)[N]) {
 
 // A block per stream.
 extern "C" __global__ void __launch_bounds__(THREADS)
-weigh(const float* __restrict__ away, const int* __restrict__ held_counts, const float* __restrict__ norms,
+weigh(const float* __restrict__ away, const long long* __restrict__ held_counts, const float* __restrict__ norms,
       int clusters, int window, int leave, double weight, double least_angle, double value_weight,
       float* __restrict__ importance, float* __restrict__ value_scale, const double* __restrict__ turns,
       const long long* __restrict__ turn) {
@@ -221,6 +221,7 @@ weigh(const float* __restrict__ away, const int* __restrict__ held_counts, const
   away += stream * rows;
   if (turns) weight = turns[*turn * TURN + WEIGHT];
   float angles = 0.0f, total = 0.0f, lengths = 0.0f;
+#pragma unroll 2
   for (int row = threadIdx.x; row < rows; row += THREADS) {
     const float count = row < clusters ? (float)held_counts[stream * clusters + row] : 1.0f;
     angles += away[row] * count;
@@ -449,7 +450,7 @@ settle(const float* __restrict__ keys, const float* __restrict__ values, const f
        ELEMENT* __restrict__ new_values, ELEMENT* __restrict__ new_spread, ELEMENT* __restrict__ new_importance,
        signed char* __restrict__ key_codes, ELEMENT* __restrict__ key_scales, signed char* __restrict__ value_codes,
        ELEMENT* __restrict__ value_scales, signed char* __restrict__ new_codes, float* __restrict__ new_scales,
-       const int* __restrict__ counts, const int* __restrict__ nearest, int* __restrict__ new_counts,
+       const long long* __restrict__ counts, const int* __restrict__ nearest, long long* __restrict__ new_counts,
        int* __restrict__ new_nearest, const double* __restrict__ turns, const long long* __restrict__ turn,
        const ELEMENT* __restrict__ coming_keys, const ELEMENT* __restrict__ coming_values,
        const signed char* __restrict__ coming_codes, const float* __restrict__ coming_scales, long long coming_key_step,

@@ -79,7 +79,7 @@ attend_split(const QUERY* __restrict__ queries, float scale, int rows,
              long long keys_per_stream, long long values_per_stream,
              const signed char* __restrict__ key_codes, const signed char* __restrict__ value_codes,
              const ELEMENT* __restrict__ key_scales, const ELEMENT* __restrict__ value_scales,
-             const int* __restrict__ counts, const SPREAD* __restrict__ spread, int mean_count, int mean_pieces,
+             const long long* __restrict__ counts, const SPREAD* __restrict__ spread, int mean_count, int mean_pieces,
              const float* __restrict__ weights, long long weights_per_stream, long long weights_per_row,
              int exact_count, const long long* __restrict__ counters, int exact_pieces,
              float* __restrict__ partial, float2* __restrict__ totals) {

@@ -6,7 +6,7 @@
 //     refuses them while a graph is recorded.
 // `merge_pairs`: writes the merged clusters, those that live first, in their order. Which: matching.cu.
 //
-// Counts are integers, all else is float32; leaders are copied as they are. Free places have count zero.
+// Counts are integers of 64 bits, all else is float32; leaders are copied as they are. Free places have count zero.
 //
 // Products are those of tensor cores, in bfloat16: a number is the sum of a high and a low part, 16 bits in all, and of
 // the four products of parts all but that of the low ones are added up, in float32. The parts of CHUNK numbers of a row
@@ -37,7 +37,7 @@ typedef unsigned short Half;  // the bits of a bfloat16
 
 // The mean of the keys, weighted by counts. A block per MEAN_TILE coordinates of a stream.
 extern "C" __global__ void __launch_bounds__(32 * MEAN_WARPS)
-weighted_mean(const float* __restrict__ keys, const int* __restrict__ counts, int n, int head_dim,
+weighted_mean(const float* __restrict__ keys, const long long* __restrict__ counts, int n, int head_dim,
               float* __restrict__ mean) {
   __shared__ float sums[MEAN_WARPS][MEAN_TILE];
   __shared__ float totals[MEAN_WARPS];
@@ -320,8 +320,9 @@ __device__ __forceinline__ float share(float a, float b) {
 // last bit, as mutual neighbours need.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 pair_costs(const Half* __restrict__ mapped, const Half* __restrict__ points, const float* __restrict__ norms,
-           const int* __restrict__ counts, const float* __restrict__ importance, const int* __restrict__ remembered,
-           int n, int key_width, int value_width, int mapped_width, float* __restrict__ costs) {
+           const long long* __restrict__ counts, const float* __restrict__ importance,
+           const int* __restrict__ remembered, int n, int key_width, int value_width, int mapped_width,
+           float* __restrict__ costs) {
   constexpr int BATCH = 2 * SIDE * STRIDE;
   __shared__ __align__(16) Half shared[2 * BATCH];  // two batches of rows and columns
   const int squares = (n + SIDE - 1) / SIDE, pairs = squares * (squares + 1) / 2;
@@ -428,11 +429,11 @@ __device__ __forceinline__ void merge_parts(const float* value, const float* mat
 
 // A warp per place of the result.
 extern "C" __global__ void __launch_bounds__(THREADS)
-merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, const int* __restrict__ counts,
+merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, const long long* __restrict__ counts,
             const float* __restrict__ spread, const float* __restrict__ importance,
             const unsigned short* __restrict__ leaders, const int* __restrict__ source, const int* __restrict__ other,
             long long total, int n, int places, int head_dim, int value_dim, int bands, int leader_halves,
-            float* __restrict__ new_keys, float* __restrict__ new_values, int* __restrict__ new_counts,
+            float* __restrict__ new_keys, float* __restrict__ new_values, long long* __restrict__ new_counts,
             float* __restrict__ new_spread, float* __restrict__ new_importance,
             unsigned short* __restrict__ new_leaders) {
   const int lane = threadIdx.x % 32;
@@ -441,7 +442,7 @@ merge_pairs(const float* __restrict__ keys, const float* __restrict__ values, co
   const long long base = place / places * n;
   const int mate = other[place];
   const long long a = base + source[place], b = mate < 0 ? a : base + mate;
-  const int added = mate < 0 ? 0 : counts[b], all = counts[a] + added;
+  const long long added = mate < 0 ? 0 : counts[b], all = counts[a] + added;
   const float share = (float)added / (float)(all > 0 ? all : 1);
   const int band = head_dim / bands;
   // The parallel-axis rule.
