@@ -76,16 +76,18 @@ def absorb_by_loops(held: Means, exact: Exact, told: Absorption, ops: Any) -> Ab
 
     helped(work, streams * (n + leave) // WORTH_A_THREAD, blas=True)
     for s in np.flatnonzero(odd):
-        own = slice(s, s + 1)
-        _absorb_one(held.each(lambda x: x[own]), exact.each(lambda x: x[own]), told, ops, [x[own] for x in written])
+        _absorb_one(slice(s, s + 1), held, exact, told, ops, written)
     settled = _settled(
         new_keys, new_values, spread, importance, Codes(codes, scales), most, stored, told.dithers, told.coded
     )
     return Absorbed(settled, counts, None if held.nearest is None else nearest, moved)
 
 
-def _absorb_one(held: Means, exact: Exact, told: Absorption, ops: Any, written: list[NDArray[Any]]) -> None:
+def _absorb_one(
+    own: slice, held: Means, exact: Exact, told: Absorption, ops: Any, written: tuple[NDArray[Any], ...]
+) -> None:
     """Do for one stream, in the dtype to compute in, what loops do but for numbers that are beyond them."""
+    held, exact, written = held.each(lambda x: x[own]), exact.each(lambda x: x[own]), tuple(x[own] for x in written)
     keys, values, counts, spread, importance, nearest, codes, scales, moved = written
     most, leave, sink = counts.shape[1], told.leave, exact.sink
     pool, unit = ops.collect(held, *exact.window, leave, told.weight)

@@ -27,13 +27,14 @@ from .budget import Bytes, Fixed, Power, Share
 from .files import FileError, from_bfloat16
 from .means import ClusterMeans, MeansState, clear_room
 from .paper import Paper
+from .rounding import SCALE_UNIT
 from .sketch import AttentionSketch, Layout
 from .tail import Tail
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
 
 FORMAT = "subgen sketch"
-# 1: the default sketch counted members in int32. 2: in int64.
+# 1: counts of members in int32, and in 16 bits no roots (`_in_units_of`). 2: in int64, and roots.
 VERSION = 2
 _DTYPES = ("float16", "float32", "float64", "bfloat16")
 _HELP = "expected a file written by AttentionSketch.save"
@@ -117,7 +118,9 @@ def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
         raise FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}") from error
     config = _verify(path, metadata, tensors)
     try:
-        return _restore(config, _in_64_bits(tensors), like)
+        if metadata["version"] == "1":
+            tensors = _in_64_bits(tensors)
+        return _restore(config, tensors, like, int(metadata["version"]))
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     except Exception as error:  # a file that is well signed, but says what no sketch is
@@ -220,7 +223,9 @@ def _describe(sketch: AttentionSketch) -> dict[str, Any]:
     return {"kind": "means", **described}
 
 
-def _restore(config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Array | None) -> AttentionSketch:
+def _restore(
+    config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Array | None, version: int
+) -> AttentionSketch:
     arguments = dict(config["method"], check_finite=config["check_finite"])
     kind = arguments.pop("kind")
     if kind == "paper":
@@ -248,6 +253,8 @@ def _restore(config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Arr
     leading = tuple(check_integer("a leading axis", x) for x in described["leading"])
     head_dim, value_dim = (check_integer(name, described[name]) for name in ("head_dim", "value_dim"))
     method: Any = sketch.method
+    if kind == "means":
+        tensors = _in_units_of(tensors, saved, dtype_name(like.dtype), version)
     check_sizes({name: x.shape for name, x in tensors.items()}, method, math.prod(leading), head_dim, value_dim)
     empty = xp.zeros((*leading, 0, head_dim), dtype=like.dtype, device=like.device)
     layout = Layout(leading, head_dim, value_dim, empty)
@@ -261,6 +268,34 @@ def _restore(config: dict[str, Any], tensors: dict[str, NDArray[Any]], like: Arr
     check_state(state, arrays, method, finite=sketch.check_finite)
     sketch.resume(layout, state)
     return sketch
+
+
+def _in_units_of(tensors: dict[str, NDArray[Any]], saved: str, dtype: str, version: int) -> dict[str, NDArray[Any]]:
+    """Give what 16 bits hold as roots, or in another unit, as the dtype to go on with holds it; see `subgen.rounding`.
+
+    The first version of the format had neither: there they were as in 32 bits.
+    """
+    narrow = {"float16", "bfloat16"}
+    before, after = version > 1 and saved in narrow, dtype in narrow
+    if before == after:
+        return tensors
+
+    def converted(name: str, x: NDArray[Any]) -> NDArray[Any]:
+        wide = (from_bfloat16(x) if x.dtype == np.uint16 else x).astype(np.float64)
+        if name in ("spread", "importance"):
+            # What is below zero stays so, to be refused.
+            wide = np.copysign(np.sqrt(np.abs(wide)) if after else wide * wide, wide)
+        else:
+            wide = wide / SCALE_UNIT if after else wide * SCALE_UNIT
+        if saved == dtype == "bfloat16":
+            # To nearest, of two as near to the even one.
+            bits = wide.astype(np.float32).view(np.uint32)
+            return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        # Of the dtype that was saved where that is the one to go on with; else wide enough to be cast once.
+        return wide.astype(x.dtype) if saved == dtype else wide
+
+    changed = ("spread", "importance", "key_codes.scales", "value_codes.scales")
+    return tensors | {name: converted(name, tensors[name]) for name in changed if name in tensors}
 
 
 def _flatten(value: Any, prefix: str, tensors: dict[str, NDArray[Any]], plain: dict[str, Any]) -> None:
