@@ -151,13 +151,13 @@ def _settled(
         keys, values = (narrowed(np.ascontiguousarray(x[:, clusters:]), stored) for x in (keys, values))
     else:
         keys, values = rounded(keys, dithers.keys, clusters), rounded(values, dithers.values, clusters)
+    if stored in LIMITS:
+        spread, importance = np.sqrt(spread), np.sqrt(importance)
     return Settled(
         keys,
         values,
-        *(
-            rounded(np.sqrt(x) if stored in LIMITS else x, uniform, clusters)
-            for x, uniform in ((spread, dithers.spread), (importance, dithers.importance))
-        ),
+        rounded(spread, dithers.spread, clusters),
+        rounded(importance, dithers.importance, clusters),
         key_codes,
         value_codes,
         queries,

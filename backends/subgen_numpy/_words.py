@@ -41,12 +41,15 @@ def from_roots(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Cast what grows as squares to a dtype to compute in; see `subgen.rounding.from_roots`."""
     if x.dtype not in LIMITS:
         return x.astype(dtype, copy=False)
-    return np.square(np.minimum(widened(x, dtype), LARGEST_ROOT))
+    squares: NDArray[Any] = np.square(np.minimum(widened(x, dtype), LARGEST_ROOT))
+    return squares
 
 
 def widened_scales(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Cast the scales of codes to a dtype to compute in, in their own unit; see `subgen.rounding.scale_unit`."""
-    return widened(x, dtype) * np.dtype(dtype).type(SCALE_UNIT) if x.dtype in LIMITS else widened(x, dtype)
+    scales = widened(x, dtype)
+    # Weak scalars keep the dtype.
+    return scales * SCALE_UNIT if x.dtype in LIMITS else scales
 
 
 def narrowed_scales(x: NDArray[np.float32], dtype: DTypeLike) -> NDArray[Any]:
