@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import io
 import logging
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from packaging.version import Version  # noqa: E402
+from subgen_torch._functions import subgen_attention  # noqa: E402
 from subgen_torch.transformers import SubGenCache, disable, enable  # noqa: E402
 
 
@@ -110,6 +112,15 @@ def generate(model: Any, prompt: Any, cache: Any, **more: Any) -> Any:
 
 def cut(x: Any, *sizes: int) -> list[Any]:
     return list(torch.split(x, [*sizes, x.shape[1] - sum(sizes)], dim=1))
+
+
+SLIDING: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "sliding_window": 8,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "head_dim": 16,
+}
 
 
 # 1. Nothing compressed: the same as without.
@@ -561,9 +572,131 @@ def test_bad_arguments(model: Any, options: dict[str, Any], error: type[Exceptio
         SubGenCache(model.config, **options)
 
 
-def test_a_ratio_that_leaves_too_little(model: Any) -> None:
-    with pytest.raises(ValueError, match="leaves 3 pairs of a prompt of 30 tokens"):
-        logits(model, [tokens(1, 30)], SubGenCache(model.config, compression_ratio=0.9))
+@pytest.mark.parametrize("storage", ["input", "int8"])
+@pytest.mark.parametrize(("ratio", "size"), [(0.9, 20), (0.9, 1), (0.99, 200), (0.5, 22)])
+def test_a_prompt_too_short_for_its_ratio_stays_exact(
+    model: Any, plain: Any, ratio: float, size: int, storage: str
+) -> None:
+    """A server does not choose its prompts: a share of 2 pairs holds no sketch, and nothing is removed."""
+    ids = tokens(2, size + 20)
+    cache = SubGenCache(model.config, compression_ratio=ratio, window=40, storage=storage)
+    got = logits(model, cut(ids, size, 5, *[1] * 14), cache)
+    # The first tokens after the prompt, too: half of the window of 40.
+    torch.testing.assert_close(got, plain(ids).logits, rtol=1e-5, atol=2e-5)
+
+
+def test_memory_does_not_grow_after_a_prompt_too_short_for_its_ratio(model: Any) -> None:
+    cache = SubGenCache(model.config, compression_ratio=0.9, window=8)
+    logits(model, cut(tokens(1, 100), 20, *[1] * 79), cache)
+    report = cache.report()
+    assert [layer.n_clusters for layer in report.layers] == [20, 20]  # as many as the prompt had tokens
+    logits(model, [tokens(1, 400), tokens(1, 1)], cache)
+    assert cache.report().total.n_clusters == 20
+
+
+def test_padded_rows_too_short_for_their_ratio_stay_exact(model: Any, plain: Any) -> None:
+    """Beside a row that is long enough, and is compressed as it would be alone."""
+    ids = tokens(3, 220)
+    mask = torch.ones_like(ids)
+    mask[0, :180] = mask[1, :199] = 0  # 20 and 1 of the 200 tokens of the prompt are real
+    options = {"compression_ratio": 0.9, "window": 32}
+    got = logits(model, cut(ids, 200, *[1] * 15), SubGenCache(model.config, **options), mask)
+    exact = plain(ids, attention_mask=mask, position_ids=places(mask, 220, ids)).logits
+    for row in (0, 1):
+        real = mask[row].bool()
+        torch.testing.assert_close(got[row, real], exact[row, real], rtol=1e-5, atol=2e-5)
+    alone = logits(model, cut(ids[2:], 200, *[1] * 15), SubGenCache(model.config, **options))
+    torch.testing.assert_close(got[2], alone[0], rtol=1e-4, atol=1e-4)
+
+
+# torch's modes.
+
+
+CALLS = {
+    "in all calls": [True] * 4,
+    "while the prompt is read": [True, False, False, False],
+    "after the prompt": [False, True, True, False],
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("when", CALLS)
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_autocast_answers_as_with_the_cache_of_transformers(family: str, when: str, dtype: str, padded: bool) -> None:
+    """Queries and keys come in float32 from the rotary embedding, values in 16 bits from their projection."""
+    sliding = {**SLIDING, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    model = build("Llama") if family == "Llama" else build_sliding("Gemma3Text", family, "subgen", sliding)
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    if padded:
+        mask[0, :7] = 0
+
+    def answers(cache: Any) -> list[Any]:
+        found, seen = [], 0
+        for block, on in zip(cut(ids, 30, 1, 7), CALLS[when], strict=False):
+            seen += block.shape[1]
+            where = {"attention_mask": mask[:, :seen], "position_ids": places(mask, seen, block)}
+            with torch.autocast("cpu", dtype=getattr(torch, dtype), enabled=on):
+                found.append(model(block, **given(cache), **where).logits)
+        return found
+
+    expected = answers(transformers.DynamicCache(config=model.config))
+    for prefill in ("exact", "streaming"):
+        cache = roomy(model, window=64, prefill=prefill)
+        for mine, theirs in zip(answers(cache), expected, strict=True):
+            assert mine.dtype == theirs.dtype
+            # Eight bits of mantissa (eleven) through two layers; padded tokens have no meaning.
+            near = 0.03 if dtype == "bfloat16" else 0.004
+            bound = near * float(theirs.abs().max())
+            torch.testing.assert_close(mine[:, 7:].float(), theirs[:, 7:].float(), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4, "eos_token_id": 2}])
+def test_generate_under_autocast(model: Any, options: dict[str, Any]) -> None:
+    prompt = tokens(1, 20).repeat(1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = generate(model, prompt, small(model), min_new_tokens=12, **options)
+    assert out.shape == (1, 72)
+
+
+def test_mixed_dtypes_without_autocast_are_promoted(model: Any) -> None:
+    """A rotary embedding that computes in float32 gives queries and keys in it, beside values in 16 bits."""
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    for layer in narrow.model.layers:
+        for name in ("q_proj", "k_proj"):
+            getattr(layer.self_attn, name).register_forward_hook(lambda module, args, out: out.float())
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: args[0].to(torch.bfloat16))
+    ids = tokens(2, 40)
+    got = logits(narrow, cut(ids, 30, 1, 7), roomy(narrow))
+    # The bits of bfloat16, through two layers; logits are of order 3.
+    torch.testing.assert_close(got.float(), model(ids, use_cache=False).logits, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+@pytest.mark.parametrize("options", [{}, {"storage": "int8"}, {"max_clusters": None, "compression_ratio": 0.6}])
+def test_the_default_device_is_not_where_the_cache_is(family: str, options: dict[str, Any]) -> None:
+    """The device "meta" stands for a GPU: whatever were made on it could not be read."""
+    model = build("Llama") if family == "Llama" else build_sliding("Gemma3Text", family, "subgen", SLIDING)
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[0, :7] = mask[1, 12:20] = 0
+    sizes, rows = (50, 51, 59, 60), torch.tensor([1, 0])
+    where = [places(mask, seen, block) for seen, block in zip(sizes, cut(ids, 50, 1, 8), strict=True)]
+
+    def answers() -> tuple[list[Any], str]:
+        cache, found = small(model, **options), []
+        for seen, block, position_ids in zip(sizes, cut(ids, 50, 1, 8), where, strict=True):
+            more = {"attention_mask": mask[:, :seen], "position_ids": position_ids}
+            found.append(model(block, **given(cache), **more).logits)
+        cache.reorder_cache(rows)
+        if family == "Llama":
+            cache.batch_repeat_interleave(2)
+        return found, str(cache.report())
+
+    expected = answers()
+    with torch.device("meta"):
+        got = answers()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got[0], expected[0], strict=True))
+    assert got[1] == expected[1]
 
 
 # What must not be silently wrong.
@@ -611,6 +744,66 @@ def test_enable_and_disable() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def parts_of_a_model() -> Any:
+    """A model for images and text, whose parts have attentions of their own."""
+    text = transformers.LlamaConfig(**SIZES)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=63)
+    model = transformers.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    return model
+
+
+def attentions(model: Any) -> list[str]:
+    parts = (model.config, model.config.text_config, model.config.vision_config)
+    return [config._attn_implementation for config in parts]
+
+
+def test_every_part_of_a_model_gets_its_own_attention_back() -> None:
+    model = parts_of_a_model()
+    before = attentions(model)
+    assert before[1:] == ["eager", "sdpa"]
+    enable(model)
+    enable(model)
+    assert attentions(model) == ["subgen"] * 3
+    again = copy.deepcopy(model)
+    disable(model)
+    assert attentions(model) == before
+    # What was chosen for a part since then stays; enabling it again does not forget what it had at first.
+    again.set_attn_implementation({"text_config": "sdpa"})
+    enable(again)
+    assert attentions(again) == ["subgen"] * 3
+    again.set_attn_implementation({"vision_config": "eager"})
+    disable(again)
+    assert attentions(again) == [before[0], "sdpa", "eager"]
+
+
+def test_a_model_for_images_and_text_generates_from_sketches() -> None:
+    model = parts_of_a_model()
+    prompt = tokens(2, 40).clamp(max=62)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(prompt, **options)
+    enable(model)
+    assert torch.equal(model.generate(prompt, **given(roomy(model)), **options), expected)
+
+
+@pytest.mark.parametrize("call", [enable, disable])
+def test_what_is_not_a_model_cannot_be_switched(call: Any, model: Any) -> None:
+    with pytest.raises(TypeError, match="its configuration: pass the model itself"):
+        call(model.config)
+    with pytest.raises(TypeError, match="takes a model of transformers, got str"):
+        call("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"), [(lambda model: model, "the model itself: pass model.config"), (lambda model: {}, "got dict")]
+)
+def test_a_cache_takes_the_configuration(wrong: Any, match: str, model: Any) -> None:
+    with pytest.raises(TypeError, match=match):
+        SubGenCache(wrong(model), max_clusters=8)
+
+
 WORKING = {
     "Llama": {},
     "Mistral": {"sliding_window": None},
@@ -649,16 +842,9 @@ def test_families_that_work(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["Gemma3", "Qwen2"])
 def test_layers_that_slide_stay_exact(family: str) -> None:
-    more = {
-        "num_hidden_layers": 3,
-        "sliding_window": 8,
-        "use_sliding_window": True,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "head_dim": 16,
-    }
     name = "Gemma3" if family == "Gemma3" else family
     config = "Gemma3Text" if name == "Gemma3" else name
-    plain, model = (build_sliding(config, name, attention, more) for attention in ("sdpa", "subgen"))
+    plain, model = (build_sliding(config, name, attention, SLIDING) for attention in ("sdpa", "subgen"))
     ids = tokens(2, 50)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
@@ -700,6 +886,42 @@ def test_families_that_are_refused(family: str, more: dict[str, Any], match: str
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with pytest.raises(ValueError, match=match):
         enable(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "match"),
+    [
+        ("Doge", {}, "dynamic mask"),
+        ("DiffLlama", {}, "difference of two attentions"),
+        ("JetMoe", {"num_key_value_heads": 2, "kv_channels": 16, "num_local_experts": 2}, "once for each expert"),
+        ("MllamaText", {"cross_attention_layers": [1]}, "cross-attention"),
+    ],
+)
+def test_families_that_would_fail_late_are_refused_at_once(family: str, more: dict[str, Any], match: str) -> None:
+    config = getattr(transformers, f"{family}Config", None)
+    if config is None:
+        config = importlib.import_module("transformers.models.mllama").MllamaTextConfig
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config(**{**SIZES, **more}))
+    with pytest.raises(ValueError, match=match):
+        enable(model)
+    with pytest.raises(ValueError, match="the model's own cache"):
+        SubGenCache(model.config, max_clusters=8)
+
+
+def test_keys_that_change_on_their_way_to_attention_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no configuration tells is told by the first layer, whatever the tokens before."""
+    cache = small(model)
+    logits(model, [tokens(2, 20)], cache)
+
+    def changing(module: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        return subgen_attention(module, query, key.clone(), *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(transformers.AttentionInterface._global_mapping, "subgen", changing)
+        with pytest.raises(ValueError, match="LlamaAttention changes keys between the cache and attention"):
+            model(tokens(2, 1), **given(cache))
+    logits(model, [tokens(2, 1)], cache)
+    assert cache.get_seq_length() == 21
 
 
 def test_learned_sinks_are_refused() -> None:

@@ -63,7 +63,8 @@ class Budget:
         clusters = pairs - self.sink - window
         if clusters < _FEWEST:
             # A cluster of one is its token, unless it is stored in 8 bits: the window never is.
-            return max(self.window, first if self.storage == "int8" else 0), max(_FEWEST, first)
+            window = self.window if self.storage == "input" else max(self.window, first + self.window // 2)
+            return window, max(_FEWEST, first)
         if self.storage == "int8":
             # As many as fit into the bytes of those pairs.
             method = ClusterMeans(Fixed(1), window=window, sink=self.sink, storage=self.storage)

@@ -38,24 +38,35 @@ def layer_kinds(config: Any) -> list[int | None]:
         raise ValueError(f"{config.model_type} has an encoder and a decoder; a SubGenCache is for decoders: {_INSTEAD}")
     text = config.get_text_config(decoder=True)
     family = text.model_type
+    if not hasattr(text, "num_hidden_layers") and not hasattr(text, "layer_types"):
+        raise ValueError(f"the configuration of {family} says nothing of layers that cache tokens: {_INSTEAD}")
+    kinds = [_window(kind, text) for kind in _layer_types(text)]
     reasons = {
         "kv_lora_rank": "caches latents from which keys are made after the cache (MLA)",
         "attn_logit_softcapping": "caps its logits",
         "num_kv_shared_layers": "shares keys and values between layers",
         "cross_attention_layers": "attends to images in layers of their own, which cache no tokens (cross-attention)",
         "keep_window_size": "masks keys by what all cached values say (dynamic mask)",
+        "index_topk": "picks the keys that each query sees (sparse attention)",
+        "kv_channels": "repeats keys between the cache and attention, once for each expert",
         "lambda_std_dev": "takes the difference of two attentions to other halves of the cached values",
     }
     for name, reason in reasons.items():
-        if getattr(text, name, None):
-            raise ValueError(f"{family} {reason} ({name}={getattr(text, name)}), which a sketch cannot: {_INSTEAD}")
-    kinds = [_window(kind, text) for kind in _layer_types(text)]
+        if value := _setting(text, name):
+            raise ValueError(f"{family} {reason} ({name}={value}), which a sketch cannot: {_INSTEAD}")
     if all(window is not None for window in kinds):
         raise ValueError(
             f"every layer of this {family} slides over a window ({kinds[0] if kinds else None} tokens): its cache is "
             f"bounded as it is, and there is nothing to compress; {_INSTEAD}"
         )
     return kinds
+
+
+def _setting(text: Any, name: str) -> Any:
+    """Return a setting of a configuration; of one that differs by layer, that of the first layer that has it."""
+    if not getattr(text, "is_heterogeneous", False):
+        return getattr(text, name, None)
+    return next((value for layer in text.per_layer_config if (value := getattr(layer, name, None))), None)
 
 
 def _layer_types(text: Any) -> list[str]:

@@ -100,6 +100,11 @@ def subgen_attention(
     handed: HandOver | None = getattr(key, "_subgen_layer", None)
     if handed is None:
         _refuse(_UNSUPPORTED, kwargs, module)
+        if attention_mask is not None and _is_for_sketches(attention_mask):
+            raise ValueError(
+                f"{type(module).__name__} changes keys between the cache and attention (repeats or projects them, "
+                f"say), so that a SubGenCache never meets the queries: use the model's own cache"
+            )
         plain: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     return _from_sketches(handed, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
@@ -151,6 +156,12 @@ def _refuse_for_sketches(module: torch.nn.Module, mask: Tensor | None, dropout: 
         raise ValueError("a SubGenCache has no attention weights to return: set output_attentions=False")
     if module.training and dropout:
         raise ValueError("a SubGenCache is for inference, and this model drops attention: call model.eval() first")
+
+
+def _is_for_sketches(mask: Tensor) -> bool:
+    """Whether `subgen_mask` made a mask for a sketch: that of plain attention has four dimensions."""
+    shape = tuple(mask.shape)
+    return shape[1:] == _OTHER_MASK or (len(shape) == 2 and bool(mask.dtype == torch.bool))
 
 
 def _refuse(names: dict[str, str], given: dict[str, Any], module: torch.nn.Module) -> None:
