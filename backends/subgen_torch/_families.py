@@ -40,7 +40,10 @@ def layer_kinds(config: Any) -> list[int | None]:
     family = text.model_type
     if not hasattr(text, "num_hidden_layers") and not hasattr(text, "layer_types"):
         raise ValueError(f"the configuration of {family} says nothing of layers that cache tokens: {_INSTEAD}")
-    kinds = [_window(kind, text) for kind in _layer_types(text)]
+    types = _layer_types(text)
+    # Settings may differ by layer from 5.24 on, if transformers says so.
+    settings = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * len(types)
+    kinds = [_window(kind, layer, family) for kind, layer in zip(types, settings, strict=True)]
     reasons = {
         "kv_lora_rank": "caches latents from which keys are made after the cache (MLA)",
         "attn_logit_softcapping": "caps its logits",
@@ -81,14 +84,13 @@ def _layer_types(text: Any) -> list[str]:
     return [kind] * text.num_hidden_layers
 
 
-def _window(kind: str, text: Any) -> int | None:
+def _window(kind: str, layer: Any, family: str) -> int | None:
     if kind == "full_attention":
         return None
     if kind == "sliding_attention":
-        return int(text.sliding_window)
+        return int(layer.sliding_window)
     if kind == "chunked_attention":
-        return int(text.attention_chunk_size)
+        return int(layer.attention_chunk_size)
     raise ValueError(
-        f"{text.model_type} has layers of the kind {kind!r}; a SubGenCache knows full, sliding and chunked attention: "
-        f"{_INSTEAD}"
+        f"{family} has layers of the kind {kind!r}; a SubGenCache knows full, sliding and chunked attention: {_INSTEAD}"
     )
