@@ -98,7 +98,7 @@ class Decoder:
         TypeError, ValueError
             As in `subgen.AttentionSketch.step`, or if it is not one token.
         """
-        layout = self._sketch.check(keys, values, queries)
+        layout, keys, values, queries = self._sketch.check(keys, values, queries)
         if keys.shape[-2] != 1:
             raise ValueError(f"a Decoder takes one token at a time, got {keys.shape[-2]}: use AttentionSketch.step")
         xp = array_namespace(keys)

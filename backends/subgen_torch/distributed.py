@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from subgen import AttentionSketch
+from subgen._checks import check_example
+from subgen._inputs import outside_modes
 
 __all__ = ["attend"]
 
@@ -32,6 +34,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@outside_modes
 @torch.no_grad()
 def attend(
     sketch: AttentionSketch,
@@ -74,6 +77,9 @@ def attend(
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("no process group: call torch.distributed.init_process_group first, or run under torchrun")
+    if not isinstance(sketch, AttentionSketch):
+        raise TypeError(f"sketch must be a subgen.AttentionSketch, got {type(sketch).__name__}")
+    queries = check_example("queries", queries)
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     if sketch.n_seen:
         output, logsumexp = sketch.attend(queries, return_logsumexp=True)

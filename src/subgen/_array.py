@@ -75,13 +75,22 @@ def compute_dtype(x: Array) -> Any:
 
 
 def dtype_name(dtype: object) -> str:
-    """Name of a dtype of any library: ``"bfloat16"`` for torch's and for ml_dtypes'."""
-    return str(getattr(dtype, "name", dtype)).split(".")[-1]
+    """Name of a dtype of any library, or of a type that stands for one: ``"bfloat16"`` for torch's and ml_dtypes'."""
+    return str(getattr(dtype, "name", getattr(dtype, "__name__", dtype))).split(".")[-1]
+
+
+# Others are narrower than an answer may be (float8), or wider than any library but NumPy has.
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 @cache
 def is_floating(dtype: Any, xp: Namespace) -> bool:
-    """Whether a library computes with a dtype, and as with real numbers; remembered, as every token asks thrice."""
+    """Whether streams may have a dtype: one of 16 to 64 bits that the library computes with, as with real numbers.
+
+    Remembered, as every token asks thrice.
+    """
+    if dtype_name(dtype) not in _FLOATING:
+        return False
     if _is_cupys_bfloat16(dtype, xp):
         return True
     try:

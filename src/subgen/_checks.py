@@ -8,18 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, Namespace, array_namespace, is_floating, library_name
+from ._array import Array, Namespace, array_namespace, dtype_name, is_floating, library_name
+from ._inputs import namespace_of, plain
 
 __all__ = [
     "MOST_TOKENS",
     "check_alike",
     "check_block",
     "check_choice",
+    "check_example",
     "check_finite",
     "check_flag",
     "check_groups",
     "check_integer",
     "check_length",
+    "check_numpy",
     "check_ratio",
     "check_real",
     "check_scale",
@@ -101,23 +104,26 @@ def check_scale(scale: Any, head_dim: int) -> float:
     return check_real("scale", scale, minimum=0.0, strict=True)
 
 
-def _namespace(name: str, x: Any) -> Namespace:
-    try:
-        return array_namespace(x)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an array of an array API library (NumPy, torch, CuPy, JAX, ...), got "
-            f"{type(x).__name__}; convert it first, for example with numpy.asarray"
-        ) from None
-
-
-def _check_array(name: str, x: Any) -> None:
-    xp = _namespace(name, x)
+def check_example(name: str, x: Any) -> Array:
+    """Return an array that stands for its library, dtype and device, as it is computed with."""
+    x = plain(name, x)
+    xp = array_namespace(x)
     if not is_floating(x.dtype, xp):
         raise TypeError(
-            f"{name} must have a real floating dtype that {library_name(xp)} computes with, got {x.dtype}; "
-            f"cast it first, for example to float32"
+            f"{name} must have a real floating dtype of 16 to 64 bits that {library_name(xp)} computes with, got "
+            f"{x.dtype}; {_cast(name, x.dtype, xp)}"
         )
+    if library_name(xp) == "jax" and "int64" not in xp.__array_namespace_info__().dtypes():
+        raise TypeError(
+            "subgen counts and clusters in 64 bits, which JAX has switched off: call "
+            "jax.config.update('jax_enable_x64', True) at the start of the program"
+        )
+    return x
+
+
+def _check_array(name: str, x: Any) -> Array:
+    """Return an array of a block as it is computed with; see `subgen._inputs.plain`."""
+    x = check_example(name, x)
     if len(x.shape) < 2:
         raise ValueError(f"{name} must have shape (..., tokens, head_dim), got {tuple(x.shape)}")
     if 0 in tuple(x.shape):
@@ -125,16 +131,38 @@ def _check_array(name: str, x: Any) -> None:
             f"{name} is empty: got shape {tuple(x.shape)}; pass at least one stream, token and dimension, "
             f"or skip the call"
         )
-    if library_name(xp) == "jax" and "int64" not in xp.__array_namespace_info__().dtypes():
-        raise TypeError(
-            "subgen counts and clusters in 64 bits, which JAX has switched off: call "
-            "jax.config.update('jax_enable_x64', True) at the start of the program"
-        )
+    return x
+
+
+def _cast(name: str, dtype: Any, xp: Namespace) -> str:
+    """Say what to do about a dtype that is not computed with."""
+    kind = dtype_name(dtype)
+    if kind.startswith(("complex", "clongdouble")):
+        return f"pass its real part, or the real and imaginary parts side by side, {name}.real and {name}.imag"
+    if kind.startswith(("quint", "qint")):
+        return f"pass {name}.dequantize()"
+    if kind in ("longdouble", "float96", "float128"):
+        # No other library has it, nor does a file; to compute in float64 unasked would lose what it was chosen for.
+        return f"cast it first, by {name}.astype(numpy.float64): no sketch computes in more"
+    if getattr(dtype, "fields", None):
+        return f"pass one of its fields, or numpy.lib.recfunctions.structured_to_unstructured({name})"
+    call = f"{name}.to(torch.float32)" if library_name(xp) == "torch" else f"{name}.astype({library_name(xp)}.float32)"
+    return f"cast it first, for example to float32 by {call.replace('jax.', 'jax.numpy.')}"
+
+
+def check_numpy(what: str, **arrays: Any) -> None:
+    """Check that arrays are NumPy's, for what is computed with NumPy alone."""
+    for name, x in arrays.items():
+        if not isinstance(x, np.ndarray):
+            raise TypeError(
+                f"{what} computes with NumPy: {name} must be a numpy.ndarray, got {type(x).__module__}."
+                f"{type(x).__qualname__}; convert it first, for example with numpy.asarray"
+            )
 
 
 def check_alike(name: str, x: Array, other_name: str, other: Array) -> None:
     """Library, dtype and device of two arrays must agree."""
-    xp, other_xp = _namespace(name, x), _namespace(other_name, other)
+    xp, other_xp = namespace_of(name, x), namespace_of(other_name, other)
     if xp is not other_xp:
         raise TypeError(
             f"{name} is an array of {library_name(xp)} but {other_name} of {library_name(other_xp)}; "
@@ -161,10 +189,15 @@ def check_finite(name: str, x: Array) -> None:
         )
 
 
-def check_block(keys: Any, values: Any, *, finite: bool = True) -> None:
-    """Check a block of pairs: ``(..., n, head_dim)`` and ``(..., n, value_dim)``, alike and, if asked, finite."""
-    _check_array("keys", keys)
-    _check_array("values", values)
+def check_block(keys: Any, values: Any, *, finite: bool = True) -> tuple[Array, Array]:
+    """Check a block of pairs: ``(..., n, head_dim)`` and ``(..., n, value_dim)``, alike and, if asked, finite.
+
+    Returns
+    -------
+    keys, values : array
+        As they are computed with; see `subgen._inputs.plain`.
+    """
+    keys, values = _check_array("keys", keys), _check_array("values", values)
     check_alike("values", values, "keys", keys)
     if tuple(keys.shape[:-1]) != tuple(values.shape[:-1]):
         raise ValueError(
@@ -174,13 +207,20 @@ def check_block(keys: Any, values: Any, *, finite: bool = True) -> None:
     if finite:
         check_finite("keys", keys)
         check_finite("values", values)
+    return keys, values
 
 
 def check_groups(
-    queries: Any, keys: Any, name: str = "keys", keys_shape: tuple[int, ...] | None = None, *, finite: bool = True
-) -> None:
-    """Check that queries fit keys: same streams and head_dim, heads a multiple of the key-value heads."""
-    _check_array("queries", queries)
+    queries: Any, keys: Array, name: str = "keys", keys_shape: tuple[int, ...] | None = None, *, finite: bool = True
+) -> Array:
+    """Check that queries fit keys: same streams and head_dim, heads a multiple of the key-value heads.
+
+    Returns
+    -------
+    array
+        The queries as they are computed with; see `subgen._inputs.plain`.
+    """
+    queries = _check_array("queries", queries)
     check_alike("queries", queries, name, keys)
     shape = tuple(queries.shape)
     key_shape = tuple(keys.shape) if keys_shape is None else keys_shape
@@ -198,3 +238,4 @@ def check_groups(
         )
     if finite:
         check_finite("queries", queries)
+    return queries

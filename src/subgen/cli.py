@@ -281,6 +281,8 @@ def _progress(console: Console) -> Progress:
 def _check_output(output: Path | None) -> None:
     if output is not None and output.suffix.lower() not in (".npz", ".safetensors"):
         raise ValueError(f"--output must end in .npz or .safetensors, got {output}")
+    if output is not None and not output.parent.is_dir():
+        raise FileError(f"{output}: cannot be written: there is no folder {output.parent}, make it first")
 
 
 def _default(

@@ -210,8 +210,8 @@ def compare(
     Raises
     ------
     TypeError, ValueError
-        If a method is unknown, the prefix leaves no token to answer, a budget cannot hold sinks and window, or an
-        argument is out of bounds.
+        If the capture is none, a method is unknown, the prefix leaves no token to answer, a budget cannot hold sinks
+        and window, or an argument is out of bounds.
 
     Examples
     --------
@@ -223,6 +223,12 @@ def compare(
     >>> bool(result.error[1, 0] < result.error[0, 0] < 1)
     True
     """
+    if not isinstance(capture, Capture):
+        raise TypeError(
+            f"capture must be a subgen.files.Capture, got {type(capture).__name__}: read one by "
+            f"subgen.files.read_capture, or make it of arrays, Capture(q, k, v)"
+        )
+    capture = capture.check()
     chosen = _chosen(methods)
     budgets = tuple(check_real("a budget", budget, minimum=0.0, strict=True, maximum=1.0) for budget in budgets)
     if not budgets:

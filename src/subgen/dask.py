@@ -43,7 +43,7 @@ def sketch(
     queries : dask.array.Array, shape (..., q_heads, n, head_dim), optional
         As in `subgen.AttentionSketch.update`. Values and queries are chunked anew where they differ from the keys.
     template : AttentionSketch
-        An empty sketch, whose parameters all shards have. The shard at place i has its seed plus i.
+        An empty sketch, whose parameters all shards have, as they are now. The shard at place i has its seed plus i.
 
     Returns
     -------
@@ -102,6 +102,8 @@ def sketch(
                 f"{name} are of {x.shape[-2]} tokens and keys of {keys.shape[-2]}: shapes {x.shape}, {keys.shape}"
             )
         columns.append(_by_tokens(x, tokens))
+    # As it is now: the graph is computed later, and the template may have seen tokens by then.
+    template = copy.copy(template)
     filled, joined = delayed(sketch_chunk, pure=True), delayed(merge_sketches, pure=True)
     level: list[Delayed] = [filled(template, place, *blocks) for place, blocks in enumerate(zip(*columns, strict=True))]
     while len(level) > 1:

@@ -6,6 +6,7 @@ import math
 
 from ._array import Array, array_namespace, chunks, compute_dtype
 from ._checks import check_block, check_groups, check_scale
+from ._inputs import outside_modes
 from ._memory import pieces, transient_limit
 from .backends import Operations, operations_for
 from .weighted import causal_bias, merge_attention, scaled
@@ -13,6 +14,7 @@ from .weighted import causal_bias, merge_attention, scaled
 __all__ = ["attention"]
 
 
+@outside_modes
 def attention(
     queries: Array,
     keys: Array,
@@ -27,7 +29,7 @@ def attention(
     queries : array, shape (..., q_heads, m, head_dim)
         ``q_heads`` is a multiple of ``kv_heads``: query head ``h`` reads key-value head ``h // (q_heads // kv_heads)``.
     keys : array, shape (..., kv_heads, n, head_dim)
-        Any array API library and any floating dtype; the queries and values share both.
+        Of any array API library, in a floating dtype of 16 to 64 bits; the queries and values share both.
     values : array, shape (..., kv_heads, n, value_dim)
         The leading axes are any number of independent streams; ``(n, head_dim)`` and ``(heads, n, head_dim)``
         are fine too.
@@ -44,7 +46,8 @@ def attention(
     Raises
     ------
     TypeError
-        If an argument is not an array, or library, dtype or device differ.
+        If an argument is no array of such a dtype, or one that would be misread (masked, sparse, lazy, traced,
+        sharded, ...), or if library, dtype or device differ.
     ValueError
         If shapes do not fit, a block is empty, a number is NaN or infinite, or ``causal`` with ``m > n``.
 
@@ -53,6 +56,9 @@ def attention(
     Memory: at most 8 temporary arrays of 2^22 numbers (2^26 on a GPU), and the result once more, whatever the shapes.
     Few queries and, where they are long, parts of the keys are answered at a time; 16-bit keys and values are cast in
     parts (docs/howto/numpy.md).
+
+    Big-endian arrays are computed with in the native byte order, and no gradient is recorded. `torch.autocast` does not
+    change the answer.
 
     Examples
     --------
@@ -63,8 +69,8 @@ def attention(
     >>> subgen.attention(q, k, v, causal=True)[:, 0]
     array([0. , 0.5, 2. ])
     """
-    check_block(keys, values)
-    check_groups(queries, keys)
+    keys, values = check_block(keys, values)
+    queries = check_groups(queries, keys)
     scale = check_scale(scale, keys.shape[-1])
     m, n = queries.shape[-2], keys.shape[-2]
     if causal and m > n:

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import math
+import os
+import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Capture", "FileError", "from_bfloat16", "read_capture", "sample", "write_arrays"]
+from ._checks import check_block, check_groups, check_numpy
+from ._disk import replace_file
+
+__all__ = [
+    "Capture",
+    "FileError",
+    "as_path",
+    "existing_file",
+    "from_bfloat16",
+    "read_capture",
+    "read_tensors",
+    "reading",
+    "sample",
+    "write_arrays",
+    "write_file",
+]
 
 _HELP = (
     "expected an .npz or .safetensors file with floating arrays q, k and v, each of shape "
     "(streams, tokens, head_dim); q may have a multiple of the streams of k"
 )
+# dtypes of safetensors, as they lie in a file.
+_SAFETENSORS = {
+    **{f"F{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
+    **{f"{sign}{bits}": f"<{sign.lower()}{bits // 8}" for sign in "IU" for bits in (8, 16, 32, 64)},
+    **{"BF16": "<u2", "BOOL": "?"},
+}
 # An .npz may unpack to this many bytes, or to this many times its own: more is no capture, but a file made to fill
 # the memory.
 _UNPACKED = 1 << 30
@@ -37,6 +64,24 @@ class Capture:
     k: NDArray[Any]
     v: NDArray[Any]
 
+    def check(self) -> Capture:
+        """Return the same in native-endian arrays, if they are a capture.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If one is no NumPy array, or shapes, dtypes or numbers are not as `read_capture` gives them.
+        """
+        check_numpy("a capture", q=self.q, k=self.k, v=self.v)
+        k, v = check_block(self.k, self.v)
+        q = check_groups(self.q, k)
+        if q.ndim != 3 or q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"a capture has a query for each token, q (q_streams, n, head_dim) and k (streams, n, head_dim): got "
+                f"{q.shape} and {k.shape}"
+            )
+        return Capture(q, k, v)
+
 
 def read_capture(path: str | Path) -> Capture:
     """Read ``q``, ``k`` and ``v`` from an ``.npz`` or ``.safetensors`` file.
@@ -53,21 +98,15 @@ def read_capture(path: str | Path) -> Capture:
     Raises
     ------
     FileError
-        If the file is missing, broken or of another kind, or the arrays are missing or do not fit.
+        If the file is missing, cannot be read, is broken or of another kind, or the arrays are missing or do not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: no such file; {_HELP}")
+    path = existing_file(path, _HELP)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise FileError(f"{path}: cannot read files ending in {path.suffix!r}; {_HELP}")
-    try:
+    with reading(path, _HELP):
         return _as_capture(path, reader(path))
-    except FileError:
-        raise
-    except Exception as error:  # whatever a broken file makes the readers raise
-        raise FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}") from error
 
 
 def sample() -> Capture:
@@ -95,18 +134,108 @@ def write_arrays(path: str | Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     FileError
         If the ending is another, or the file cannot be written.
     """
-    path = Path(path)
-    try:
-        if path.suffix.lower() == ".npz":
-            np.savez_compressed(path, **dict(arrays))  # type: ignore[arg-type]
-        elif path.suffix.lower() == ".safetensors":
-            from safetensors.numpy import save_file
+    path = as_path(path)
+    if path.suffix.lower() == ".npz":
+        write_file(path, lambda file: np.savez_compressed(file, **dict(arrays)))  # type: ignore[arg-type]
+    elif path.suffix.lower() == ".safetensors":
+        with reading(path, _HELP):
+            from safetensors.numpy import save
+        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        write_file(path, lambda file: file.write(data))
+    else:
+        raise FileError(f"{path}: cannot write files ending in {path.suffix!r}; use .npz or .safetensors")
 
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-        else:
-            raise FileError(f"{path}: cannot write files ending in {path.suffix!r}; use .npz or .safetensors")
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Put a file in place in one step; see `subgen._disk.replace_file`.
+
+    Parameters
+    ----------
+    path : Path
+    write : callable
+        Called with a binary file, open for writing.
+
+    Raises
+    ------
+    FileError
+        If it cannot be written: with the reason of the system.
+    """
+    try:
+        replace_file(path, write)
+    except PermissionError as error:
+        raise FileError(
+            f"{path}: cannot be written: {error}; a file is put in place whole, so its folder must allow new files"
+        ) from error
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error}") from error
+
+
+def existing_file(path: str | Path, expected: str) -> Path:
+    """Return the path of a file that there is.
+
+    Parameters
+    ----------
+    path : str or Path
+    expected : str
+        What is expected, for the message.
+
+    Raises
+    ------
+    TypeError
+        If it is no path.
+    FileError
+        If there is no such file, it is no regular file, or the system does not let it be looked at.
+    """
+    path = as_path(path)
+    with reading(path, expected):
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            target = f", but a link to {os.readlink(path)}" if path.is_symlink() else ""
+            raise FileError(f"{path}: no such file{target}; {expected}") from None
+        if not regular:
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise FileError(f"{path}: {what}; {expected}")
+        with path.open("rb"):  # safetensors takes a file that it may not read for one that is missing
+            pass
+    return path
+
+
+def as_path(path: Any) -> Path:
+    """Return a path as one of pathlib, or raise a TypeError."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a pathlib.Path, got {type(path).__name__}")
+    return Path(path)
+
+
+@contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Turn what is wrong with a file into a `FileError`; a lack of memory and interrupts are no faults of the file.
+
+    Parameters
+    ----------
+    path : Path
+    expected : str
+        What is expected, for the message.
+    """
+    try:
+        yield
+    except (FileError, MemoryError):
+        raise
+    except ImportError as error:
+        package = (error.name or "safetensors").split(".")[0]
+        raise FileError(f"{path}: {path.suffix} files need {package}: pip install {package}") from error
+    except OSError as error:
+        # Offsets that a broken file states make no sense to the system either.
+        if error.errno in (None, errno.EINVAL):
+            raise _broken(path, error, expected) from error
+        raise FileError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:  # whatever a broken file makes the readers raise
+        raise _broken(path, error, expected) from error
+
+
+def _broken(path: Path, error: Exception, expected: str) -> FileError:
+    return FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {expected}")
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -121,33 +250,84 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
                 f"{path}: {packed:,} bytes that would unpack to {unpacked:,}, far more than keys and values do; "
                 f"write it with numpy.savez if it is what you want"
             )
+        for name in names:
+            _check_length(archive, name)
         return {name: archive[name] for name in names}
 
 
+def _check_length(archive: Any, name: str) -> None:
+    """Check that a member is as long as its header says: memory for it is taken before it is read."""
+    member = name if name in archive.zip.namelist() else f"{name}.npy"
+    with archive.zip.open(member) as file:
+        head = io.BytesIO(file.read(1 << 16))
+    version = np.lib.format.read_magic(head)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(head)
+    stated, there = math.prod(shape) * dtype.itemsize, archive.zip.getinfo(member).file_size
+    if stated > there:
+        raise ValueError(f"{name} is of {stated:,} bytes by its header, and there are {there:,}")
+
+
 def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
+    _, kinds, arrays = read_tensors(path, lambda found: _wanted(path, found))
+    if "BF16" not in kinds.values():
+        return arrays
+    for name, kind in kinds.items():
+        if kind != "BF16":
+            raise FileError(f"{path}: {name} has dtype {kind} and another BF16; store one dtype")
+    return {name: from_bfloat16(x) for name, x in arrays.items()}
+
+
+def read_tensors(
+    path: Path, choose: Callable[[list[str]], list[str]] = list
+) -> tuple[dict[str, str], dict[str, str], dict[str, NDArray[Any]]]:
+    """Read a safetensors file.
+
+    Parameters
+    ----------
+    path : Path
+    choose : callable, optional
+        Returns which of the names to read; default all.
+
+    Returns
+    -------
+    metadata : dict of str to str
+    kinds : dict of str to str
+        dtypes, in the words of the format.
+    arrays : dict of str to NumPy array
+        bfloat16, which NumPy does not have, by its bits in uint16.
+
+    Raises
+    ------
+    Exception
+        Whatever a broken file makes the readers raise; see `reading`.
+
+    Notes
+    -----
+    safetensors checks the header. It ends the process where there is no memory for an array, so the arrays are read
+    here.
+    """
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as archive:
-        names = _wanted(path, list(archive.keys()))
-        if any(archive.get_slice(name).get_dtype() == "BF16" for name in names):
-            return _read_bfloat16(path, names)
-        return {name: archive.get_tensor(name) for name in names}
-
-
-def _read_bfloat16(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
-    """Read tensors that NumPy has no dtype for: the upper halves of float32. The header was checked by `safe_open`."""
+        metadata: dict[str, str] = archive.metadata() or {}
+        names = choose(list(archive.keys()))
+    kinds, arrays = {}, {}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        data = file.read()
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in names:
-        entry = header[name]
-        if entry["dtype"] != "BF16":
-            raise FileError(f"{path}: {name} has dtype {entry['dtype']} and another BF16; store one dtype")
-        begin, end = entry["data_offsets"]
-        arrays[name] = from_bfloat16(np.frombuffer(data[begin:end], dtype="<u2")).reshape(entry["shape"])
-    return arrays
+        for name in names:
+            entry = header[name]
+            begin, end = entry["data_offsets"]
+            kinds[name] = entry["dtype"]
+            x = np.empty(entry["shape"], dtype=_SAFETENSORS[kinds[name]])
+            if x.nbytes != end - begin:
+                raise ValueError(f"{name} is of {x.nbytes:,} bytes by its shape, and {end - begin:,} by its place")
+            file.seek(8 + length + begin)
+            if file.readinto(x.reshape(-1).view(np.uint8)) != x.nbytes:  # type: ignore[arg-type]
+                raise ValueError(f"cut short in {name}")
+            arrays[name] = x.astype(x.dtype.newbyteorder("="), copy=False)
+    return metadata, kinds, arrays
 
 
 def from_bfloat16(words: NDArray[np.uint16]) -> NDArray[np.float32]:

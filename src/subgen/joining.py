@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from ._checks import check_alike, check_length
+from ._inputs import autocast_off
 from .backends import operations_for
 from .joined_means import join_means
 from .joined_paper import join_paper
@@ -19,7 +20,7 @@ from .state import PaperState
 __all__ = ["merge"]
 
 
-def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketch) -> AttentionSketch:
+def merge(*sketches: AttentionSketch) -> AttentionSketch:
     """Return the sketch of one stream after another: of a context that was sketched in shards.
 
     The result is a sketch like any other, of the parameters of the first: it goes on, is saved, or is merged again. The
@@ -44,9 +45,9 @@ def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketc
 
     Parameters
     ----------
-    first, second, *more : AttentionSketch
-        In the order of their tokens; alike in everything but ``seed`` and ``check_finite``, and in leading axes,
-        dimensions, library, dtype and device. Empty ones are skipped.
+    *sketches : AttentionSketch
+        At least two, in the order of their tokens; alike in everything but ``seed`` and ``check_finite``, and in
+        leading axes, dimensions, library, dtype and device. Empty ones are skipped.
 
     Returns
     -------
@@ -55,7 +56,7 @@ def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketc
     Raises
     ------
     TypeError
-        If one is no sketch, or arrays are of another library, dtype or device.
+        If one is no sketch, there are fewer than two, or arrays are of another library, dtype or device.
     ValueError
         If they differ in method, parameters or shapes.
     OverflowError
@@ -78,13 +79,15 @@ def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketc
     >>> merged.n_seen, merged.n_clusters.tolist(), merged.nbytes == shards[0].nbytes
     (3000, [64, 64], True)
     """
-    sketches = (first, second, *more)
     for place, sketch in enumerate(sketches, start=1):
         if not isinstance(sketch, AttentionSketch):
             raise TypeError(
                 f"merge takes sketches, got {type(sketch).__name__} as argument {place}; pass AttentionSketch objects, "
                 f"merge(*sketches) for a list of them"
             )
+    if len(sketches) < 2:
+        raise TypeError(f"merge takes at least two sketches, got {len(sketches)}; a single one is what it is")
+    first = sketches[0]
     # All are checked before any is merged.
     filled = next((sketch.layout for sketch in sketches if sketch.layout is not None), None)
     for place, sketch in enumerate(sketches[1:], start=2):
@@ -93,7 +96,8 @@ def merge(first: AttentionSketch, second: AttentionSketch, *more: AttentionSketc
             _check_layout(filled, sketch.layout, place)
     for place, length in enumerate(accumulate(sketch.n_seen for sketch in sketches[:-1]), start=1):
         check_length(length, sketches[place].n_seen)
-    return reduce(_merge, sketches)
+    with autocast_off(None if filled is None else filled.example):
+        return reduce(_merge, sketches)
 
 
 def _check_method(expected: Any, method: Any, place: int) -> None:

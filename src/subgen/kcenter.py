@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from ._array import Array, array_namespace
 from ._checks import check_block, check_integer
+from ._inputs import outside_modes
 from ._memory import pieces
 from .clustering import assign_leaders
 
 __all__ = ["delta_for_clusters", "k_center_radii"]
 
 
+@outside_modes
 def k_center_radii(keys: Array, k: int) -> Array:
     """Radii of the greedy k-center cover of each stream, for 1 to k centres.
 
@@ -39,7 +41,7 @@ def k_center_radii(keys: Array, k: int) -> Array:
     >>> k_center_radii(np.array([[0.0], [1.0], [10.0]]), 3)
     array([10.,  1.,  0.])
     """
-    check_block(keys, keys)
+    keys, _ = check_block(keys, keys)
     xp = array_namespace(keys)
     n = keys.shape[-2]
     k = check_integer("k", k, maximum=n)
@@ -61,6 +63,7 @@ def k_center_radii(keys: Array, k: int) -> Array:
     return xp.reshape(xp.sqrt(xp.concat(radii, axis=-1)), (*keys.shape[:-2], k))
 
 
+@outside_modes
 def delta_for_clusters(keys: Array, n_clusters: int) -> float:
     """Choose a delta at which every stream of these keys opens at most a number of clusters, and little more.
 
@@ -90,7 +93,7 @@ def delta_for_clusters(keys: Array, n_clusters: int) -> float:
     >>> 1.0 <= delta_for_clusters(np.array([[0.0], [1.0], [10.0], [11.0]]), 2) < 1.1
     True
     """
-    check_block(keys, keys)
+    keys, _ = check_block(keys, keys)
     n = keys.shape[-2]
     n_clusters = min(check_integer("n_clusters", n_clusters), n)
     xp = array_namespace(keys)

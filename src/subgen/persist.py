@@ -6,12 +6,9 @@ with a version of the format and a checksum over everything.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -21,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._array import Array, array_namespace, dtype_name, finfo, is_floating, library_name
-from ._checks import check_flag, check_integer
+from ._checks import check_example, check_flag, check_integer
 from ._consistency import check_sizes, check_state
+from ._inputs import autocast_off
 from .budget import Bytes, Fixed, Power, Share
-from .files import FileError, from_bfloat16
+from .files import FileError, as_path, existing_file, from_bfloat16, read_tensors, reading, write_file
 from .means import ClusterMeans, MeansState, clear_room
 from .paper import Paper
 from .rounding import SCALE_UNIT
@@ -42,13 +40,11 @@ _HELP = "expected a file written by AttentionSketch.save"
 
 def save(sketch: AttentionSketch, path: str | Path) -> None:
     """Write a sketch; see `subgen.AttentionSketch.save`."""
-    path = Path(path)
+    path = as_path(path)
     if path.suffix.lower() != ".safetensors":
         raise FileError(f"{path}: a sketch is saved as .safetensors; give the file that ending")
-    try:
+    with reading(path, _HELP):
         from safetensors.numpy import save as to_bytes
-    except ImportError as error:  # pragma: no cover
-        raise FileError("saving needs safetensors: pip install safetensors") from error
     tensors: dict[str, NDArray[Any]] = {}
     plain: dict[str, Any] = {}
     config: dict[str, Any] = {"method": _describe(sketch), "check_finite": sketch.check_finite, "layout": None}
@@ -61,12 +57,14 @@ def save(sketch: AttentionSketch, path: str | Path) -> None:
             "dtype": dtype_name(layout.example.dtype),
         }
         # As it was when the save began: a copy of the sketch may go on in another thread, in the room of the arrays.
-        _flatten(clear_room(state) if isinstance(state, MeansState) else state, "", tensors, plain)
+        with autocast_off(layout.example):
+            _flatten(clear_room(state) if isinstance(state, MeansState) else state, "", tensors, plain)
     config["plain"] = plain
     text = json.dumps(config, sort_keys=True)
     metadata = {"format": FORMAT, "version": str(VERSION), "config": text, "sha256": _checksum(text, tensors)}
     # Contiguous and native: safetensors writes the bytes as they lie.
-    _replace_file(path, to_bytes(tensors, metadata))
+    data = to_bytes(tensors, metadata)
+    write_file(path, lambda file: file.write(data))
 
 
 def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
@@ -88,8 +86,12 @@ def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
     Raises
     ------
     FileError
-        If the file is missing, cut short, altered, foreign or of a newer version, or holds bfloat16, which NumPy has
-        no dtype for, and no ``like`` was given.
+        If the file is missing, cannot be read, is cut short, altered, foreign or of a newer version, or holds
+        bfloat16, which NumPy has no dtype for, and no ``like`` was given.
+    TypeError
+        If ``like`` is no array of a dtype that sketches compute with.
+    MemoryError
+        If memory does not suffice.
 
     Examples
     --------
@@ -105,25 +107,25 @@ def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
     >>> bool(np.all(sketch.attend(keys) == resumed.attend(keys)))
     True
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: no such file; {_HELP}")
-    try:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as archive:
-            metadata = archive.metadata() or {}
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
-    except Exception as error:  # whatever a broken file makes the reader raise
-        raise FileError(f"{path}: broken or foreign file ({type(error).__name__}: {error}); {_HELP}") from error
+    if isinstance(like, type) or (like is not None and not hasattr(like, "shape")):
+        raise TypeError(
+            f"like must be an array, for its library, dtype and device, got {like!r}: pass one with any numbers, for "
+            f"example numpy.zeros(1, numpy.float32) or torch.zeros(1, dtype=torch.float16, device='cuda')"
+        )
+    like = None if like is None else check_example("like", like)
+    path = existing_file(path, _HELP)
+    with reading(path, _HELP):
+        metadata, _, tensors = read_tensors(path)
     config = _verify(path, metadata, tensors)
     try:
         if metadata["version"] == "1":
             tensors = _in_64_bits(tensors)
-        return _restore(config, tensors, like, int(metadata["version"]))
+        with autocast_off(like):
+            return _restore(config, tensors, like, int(metadata["version"]))
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
-    except Exception as error:  # a file that is well signed, but says what no sketch is
+    # A file that is well signed, but says what no sketch is. What a device lacks is none of these.
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise FileError(f"{path}: holds no sketch ({type(error).__name__}: {error}); {_HELP}") from error
 
 
@@ -163,32 +165,6 @@ def _checksum(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
         digest.update(f"{name} {x.dtype.str} {x.shape}".encode())
         digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    """Put a file in place in one step: a crash leaves the old one, or the new."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error}") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-    # The new name is on the disk once the folder is; not every system can.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _describe(sketch: AttentionSketch) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._checks import check_block, check_groups, check_integer, check_real, check_scale
+from ._checks import check_block, check_groups, check_integer, check_numpy, check_real, check_scale
 from .budget import Fixed
 from .compare import METHODS, compare
 from .files import Capture
@@ -205,8 +205,9 @@ def plan(
     True
     """
     eps = check_real("eps", eps, minimum=0.0, strict=True, maximum=1.0)
-    check_block(keys, values)
-    check_groups(queries, keys)
+    check_numpy("plan", keys=keys, values=values, queries=queries)
+    keys, values = check_block(keys, values)
+    queries = check_groups(queries, keys)
     if keys.ndim != 3 or queries.shape[-2] != keys.shape[-2]:
         raise ValueError(
             f"expected keys and values of shape (streams, tokens, dim) and a query for each token, got keys "

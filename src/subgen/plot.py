@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .compare import Comparison
-from .files import FileError
+from .files import FileError, write_file
 from .report import Report
 
 if TYPE_CHECKING:
@@ -96,6 +96,6 @@ def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error}") from error
+    write_file(path, lambda file: figure.savefig(file, format="png"))

@@ -86,9 +86,19 @@ def stream_capture(
 
     Raises
     ------
+    TypeError
+        If the sketch or the capture is none.
     ValueError
-        If the sketch has seen tokens already.
+        If the sketch has seen tokens already, or the arrays of the capture do not fit.
     """
+    if not isinstance(sketch, AttentionSketch):
+        raise TypeError(f"sketch must be an AttentionSketch, got {type(sketch).__name__}")
+    if not isinstance(capture, Capture):
+        raise TypeError(
+            f"capture must be a subgen.files.Capture, got {type(capture).__name__}: read one by "
+            f"subgen.files.read_capture, or make it of arrays, Capture(q, k, v)"
+        )
+    capture = capture.check()
     if sketch.n_seen:
         raise ValueError(f"the sketch has seen {sketch.n_seen} tokens already; pass a new one")
     q, k, v = capture.q, capture.k, capture.v

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from ._array import Array, array_namespace, narrow, nbytes, positions
+from ._array import Array, array_namespace, library_name, narrow, nbytes, positions
 from ._checks import (
     check_alike,
     check_block,
@@ -21,6 +22,7 @@ from ._checks import (
     check_scale,
     check_seed,
 )
+from ._inputs import namespace_of, outside_modes
 from ._memory import pieces
 from .backends import operations_for
 from .budget import Power, check_budget
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["AttentionSketch", "Layout"]
+__all__ = ["AttentionSketch", "Checked", "Layout"]
 
 # Places that arrays are made for.
 _MOST = 2**31 - 1
@@ -69,6 +71,24 @@ class Layout:
     def heads(self) -> Array:
         """Index of each stream along the axis before the tokens: rows of a batch share their draws."""
         return positions(self.streams, self.example) % self.kv_heads
+
+
+class Checked(NamedTuple):
+    """A block that passed the checks.
+
+    Attributes
+    ----------
+    layout : Layout
+        Of the stream, or what it would be if the block came first.
+    keys, values : array
+        As they are computed with: native-endian, strided, detached.
+    queries : array or None
+    """
+
+    layout: Layout
+    keys: Array
+    values: Array
+    queries: Any
 
 
 class AttentionSketch:
@@ -328,11 +348,19 @@ class AttentionSketch:
         ------
         subgen.files.FileError
             If the ending is another, the file cannot be written, or safetensors is not installed.
+        TypeError
+            If the path is none.
+
+        Notes
+        -----
+        A new file gets the mode that the umask gives it, and one that is replaced keeps its own. If the path is a link,
+        the file that it leads to is replaced.
         """
         from .persist import save
 
         save(self, path)
 
+    @outside_modes
     def update(self, keys: Array, values: Array, queries: Array | None = None) -> None:
         """Absorb a block of tokens.
 
@@ -340,7 +368,8 @@ class AttentionSketch:
         ----------
         keys : array, shape (..., kv_heads, n, head_dim)
         values : array, shape (..., kv_heads, n, value_dim)
-            Any ``n`` of at least 1; the shapes, library, dtype and device of the first block hold for all.
+            Any ``n`` of at least 1; the shapes, library, dtype and device of the first block hold for all. Big-endian
+            arrays are taken in the native byte order, and tensors that require grad without their graph.
         queries : array, shape (..., q_heads, n, head_dim), optional
             The queries of these tokens: they teach which differences of keys matter. Without them keys are compared as
             they are. The paper's algorithm does not use them.
@@ -356,7 +385,7 @@ class AttentionSketch:
         the block. When clusters have to merge, the costs of the pairs of one stream take ``4 n^2`` bytes for each
         thread, with n the clusters and half a window (docs/howto/numpy.md).
         """
-        layout = self.check(keys, values, queries)
+        layout, keys, values, queries = self.check(keys, values, queries)
         ops = operations_for(keys)
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
@@ -378,6 +407,7 @@ class AttentionSketch:
         self, queries: Array, *, return_error: bool = False, return_logsumexp: bool = False
     ) -> Array | tuple[Array, ...]: ...
 
+    @outside_modes
     def attend(
         self, queries: Array, *, return_error: bool = False, return_logsumexp: bool = False
     ) -> Array | tuple[Array, ...]:
@@ -425,7 +455,7 @@ class AttentionSketch:
                 "return_error needs the residual sample of the default sketch: make it with residual_samples above 0, "
                 "for example AttentionSketch(residual_samples=256)"
             )
-        self._check_queries(queries, self._layout)
+        queries = self._check_queries(queries, self._layout)
         numbers = math.prod(queries.shape[:-2]) * max(self._layout.head_dim, self._layout.value_dim)
         parts = pieces(queries.shape[-2], numbers, queries)
         if len(parts) == 1:
@@ -451,6 +481,7 @@ class AttentionSketch:
             answer.append(array_namespace(logsumexp).reshape(logsumexp, queries.shape[:-1]))
         return answer
 
+    @outside_modes
     def step(self, queries: Array, keys: Array, values: Array) -> Array:
         """Absorb a block and answer the query of each of its tokens: ``update`` and ``attend``, token by token.
 
@@ -475,7 +506,7 @@ class AttentionSketch:
         -----
         Memory: that of `update`, and the result once more; a few queries are answered at a time.
         """
-        layout = self.check(keys, values, queries)
+        layout, keys, values, queries = self.check(keys, values, queries)
         ops = operations_for(keys)
         k, v = layout.flat(keys), layout.flat(values)
         state = self._method.init(k, v) if self._state is None else self._state
@@ -534,7 +565,7 @@ class AttentionSketch:
     def _scaled(self, queries: Array) -> Array:
         return scaled(queries, check_scale(self._method.scale, queries.shape[-1]))
 
-    def check(self, keys: Any, values: Any, queries: Any) -> Layout:
+    def check(self, keys: Any, values: Any, queries: Any) -> Checked:
         """Check a block as `update` and `step` do, against itself and against the stream; changes nothing.
 
         Parameters
@@ -544,15 +575,14 @@ class AttentionSketch:
 
         Returns
         -------
-        Layout
-            The stream's, or what it would be if the block came first.
+        Checked
 
         Raises
         ------
         TypeError, ValueError
             As in `update`.
         """
-        check_block(keys, values, finite=self._finite)
+        keys, values = check_block(keys, values, finite=self._finite)
         layout = self._layout
         if layout is None:
             # Made anew: a slice would keep the whole first block alive.
@@ -570,17 +600,17 @@ class AttentionSketch:
             check_alike("keys", keys, "the stream so far", layout.example)
             check_length(self.n_seen, keys.shape[-2])
         if queries is not None:
-            check_groups(queries, keys, finite=self._finite)
+            queries = check_groups(queries, keys, finite=self._finite)
             if queries.shape[-2] != keys.shape[-2]:
                 raise ValueError(
                     f"every token has one query: got {queries.shape[-2]} queries for {keys.shape[-2]} keys; "
                     f"use attend for queries without tokens"
                 )
-        return layout
+        return Checked(layout, keys, values, queries)
 
-    def _check_queries(self, queries: Any, layout: Layout) -> None:
+    def _check_queries(self, queries: Any, layout: Layout) -> Array:
         shape = (*layout.leading, self.n_seen, layout.head_dim)
-        check_groups(queries, layout.example, "the stream's keys", shape, finite=self._finite)
+        return check_groups(queries, layout.example, "the stream's keys", shape, finite=self._finite)
 
 
 def _by_stream(queries: Array, layout: Layout) -> Array:
@@ -592,8 +622,15 @@ def _indices(indices: Any, layout: Layout) -> Array:
     """Indices into the first leading axis as an int64 array, shape (entries,)."""
     xp, rows = array_namespace(layout.example), layout.leading[0]
     if not hasattr(indices, "shape"):
+        if isinstance(indices, str) or not isinstance(indices, Iterable):
+            raise TypeError(f"indices must be a sequence of integers, such as [0, 2], got {indices!r}")
         numbers = [check_integer("an index", i, minimum=0, maximum=rows - 1) for i in indices]
         indices = xp.asarray(numbers, dtype=xp.int64, device=layout.example.device)
+    elif namespace_of("indices", indices) is not xp:
+        raise TypeError(
+            f"indices must be a sequence or an array of {library_name(xp)}, as the sketch is of: got "
+            f"{type(indices).__module__}.{type(indices).__qualname__}; pass indices.tolist()"
+        )
     elif not xp.isdtype(indices.dtype, "integral"):
         raise TypeError(f"indices must be integers, got an array of {indices.dtype}")
     if indices.ndim != 1 or indices.shape[0] == 0:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import check_block, check_groups, check_integer, check_real
+from .._checks import check_block, check_groups, check_integer, check_numpy, check_real
 from .._memory import pieces
 from ..weighted import weighted_attention
 
@@ -48,8 +48,11 @@ class Prefix:
     window: int = 32
 
     def __post_init__(self) -> None:
-        check_block(self.keys, self.values)
-        check_groups(self.queries, self.keys)
+        check_numpy("a prefix", keys=self.keys, values=self.values, queries=self.queries)
+        keys, values = check_block(self.keys, self.values)
+        queries = check_groups(self.queries, keys)
+        for name, x in (("queries", queries), ("keys", keys), ("values", values)):
+            object.__setattr__(self, name, x)
         if self.keys.ndim != 3 or self.queries.shape[1] != self.n:
             raise ValueError(
                 f"a prefix has queries (q_streams, n, head_dim) and keys (streams, n, head_dim) of the same n tokens: "
