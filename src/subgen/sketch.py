@@ -378,6 +378,8 @@ class AttentionSketch:
         ------
         TypeError, ValueError
             As in `attention`, or if the block does not continue the stream. The sketch is then as it was.
+        OverflowError
+            If the stream would be longer than ``2**62 - 1`` tokens. The sketch is then as it was.
 
         Notes
         -----

@@ -149,7 +149,8 @@ __device__ __forceinline__ bool must_look(int i, const int* order, const Place* 
 // matching halves what there is if it must, whatever is remembered, so that the host knows how many passes there are.
 extern "C" __global__ void TOGETHER __launch_bounds__(THREADS, 1)
 match_pairs(const float* __restrict__ costs, const long long* __restrict__ counts,
-            const float* __restrict__ importance, const int* __restrict__ remembered, int n, int most, int places, int given, int first_pass,
+            const float* __restrict__ importance, const int* __restrict__ remembered, int n, int most, int places,
+            int given, int first_pass,
             int* __restrict__ source, int* __restrict__ other, int* __restrict__ new_nearest,
             long long* __restrict__ moved) {
   extern __shared__ int4 dynamic[];
