@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from libraries import NUMPY, Library, skip_compiling, to_numpy
 
+import subgen
 import subgen.means
 from subgen import AttentionSketch, attention
 from subgen.backends import PORTABLE
@@ -448,3 +449,39 @@ def test_logits_of_ten_thousand_zero_vectors_and_constant_streams() -> None:
     assert np.isfinite(out).all()
     assert np.isfinite(sketch.attend(NUMPY.array(k))).all()
     assert np.abs(out).max() <= np.abs(k).max() * 1.0001  # a mean of values
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e10, 1e-30, 0.0])
+@pytest.mark.parametrize("storage", ["input", "int8"])
+def test_a_stream_does_not_depend_on_what_its_neighbours_hold(poison: float, storage: Any) -> None:
+    """To the last bit, beside one or six of which one is unlike the others."""
+    q, k, v = (x[:, None] for x in stream(7, (7,), 70, d=8, e=8))
+    for x in (q, k, v):
+        x[2, :, 9:] *= np.float32(poison)
+
+    def answers(rows: list[int]) -> list[Any]:
+        sketch, second = (AttentionSketch(12, window=10, sink=3, storage=storage, check_finite=False) for _ in "12")
+        sketch.update(k[rows][:, :, :50], v[rows][:, :, :50], q[rows][:, :, :50])
+        second.update(k[rows], v[rows], q[rows])
+        first = [sketch.step(*(x[rows][:, :, i : i + 1] for x in (q, k, v))) for i in range(50, 53)]
+        joined = subgen.merge(sketch, second)
+        return [*first, sketch.attend(q[rows][:, :, :40]), joined.attend(q[rows][:, :, :5])]
+
+    with np.errstate(all="ignore"):
+        alone = answers([0])
+        for rows in ([0, 2], [2, 0, 1], [6, 5, 4, 3, 2, 1, 0]):
+            for got, expected in zip(answers(rows), alone, strict=True):
+                np.testing.assert_array_equal(got[rows.index(0)], expected[0])
+
+
+def test_an_infinite_weight_of_values_is_reached_once() -> None:
+    """The paper's reservoir once looked for the token after it for ever."""
+    q, k, v = stream(8, (2,), 30)
+    v[0, 5] = np.inf
+    both, alone = (
+        AttentionSketch.paper(delta=1.0, samples_per_cluster=3, value_samples=7, check_finite=False) for _ in "12"
+    )
+    with np.errstate(all="ignore"):
+        both.update(k, v)
+        alone.update(k, np.where(np.isinf(v), 0, v))
+        np.testing.assert_array_equal(both.attend(q)[1], alone.attend(q)[1])
