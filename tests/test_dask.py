@@ -89,6 +89,18 @@ def test_the_papers_algorithm() -> None:
     assert np.isfinite(got.attend(arrays()[2][:, :3])).all()
 
 
+def test_the_template_is_that_of_the_call() -> None:
+    """What becomes of it before the graph is computed makes no difference."""
+    k, v, q = chunked()
+    empty = template()
+    result = subgen.dask.sketch(k, v, q, template=empty)
+    empty.update(*(x[:, :50] for x in arrays()))
+    with dask.config.set(scheduler="synchronous"):
+        got = result.compute()
+    assert (got.n_seen, empty.n_seen) == (N, 50)
+    assert bits(got.state) == bits(in_order(template()).state)
+
+
 def test_bad_input() -> None:
     k, v, q = chunked()
     seen = template()

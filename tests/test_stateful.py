@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import stat
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from test_budgets import VARIANTS
+from test_inputs import FORMS, Own
 from test_means import assert_same, stream
 from test_persist import make
 
@@ -29,7 +32,9 @@ from subgen import AttentionSketch, attention
 # Tokens that there are, by number; a sketch may see one several times.
 TOKENS, MOST = 300, 400
 SIZES = st.sampled_from([0, 1, 1, 1, 2, 3, 7, 8, 9, 30, 64])
-WAYS = ("copy", "deepcopy", "pickle", "file")
+WAYS = ("copy", "deepcopy", "pickle", "file", "link")
+# In which form the arrays of a call are.
+FORM = st.sampled_from(list(FORMS))
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,25 @@ class Model:
 
     def more(self, tokens: list[int], asked: bool) -> Model:
         return replace(self, tokens=(*self.tokens, *tokens), asked=(*self.asked, *[asked] * len(tokens)))
+
+
+#: What to make of queries, keys and values so that they are refused: keys, values and, perhaps, queries.
+BAD: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
+    "nan": lambda q, k, v: (np.where(np.arange(5)[:, None] == 3, np.nan, k).astype(k.dtype), v, q),
+    "longdouble": lambda q, k, v: (k.astype(np.longdouble), v.astype(np.longdouble), None),
+    "complex": lambda q, k, v: (k + 0j, v + 0j, None),
+    "object": lambda q, k, v: (k, v.astype(object), q),
+    "masked": lambda q, k, v: (np.ma.array(k), v, q),
+    "masked values": lambda q, k, v: (k, np.ma.masked_less(v, 0.0), q),
+    "masked queries": lambda q, k, v: (k, v, np.ma.array(q)),
+    "subclass": lambda q, k, v: (k.view(Own), v.view(Own), q),
+    "heads": lambda q, k, v: (k[:, :1], v[:, :1], None),
+    "head_dim": lambda q, k, v: (k[..., :3], v, None),
+    "queries": lambda q, k, v: (k, v, q[:, :3]),
+    "list": lambda q, k, v: (k.tolist(), v, None),
+    "rows": lambda q, k, v: (np.concatenate([k, k]), np.concatenate([v, v]), None),
+    "length": lambda q, k, v: (k, v[..., :4, :], None),
+}
 
 
 class Pool(RuleBasedStateMachine):
@@ -87,9 +111,9 @@ class Pool(RuleBasedStateMachine):
         else:
             self.sketches[-1], self.models[-1] = sketch, model
 
-    def block(self, model: Model, tokens: Any) -> list[np.ndarray]:
+    def block(self, model: Model, tokens: Any, form: str = "plain") -> list[np.ndarray]:
         """Queries, keys and values of tokens, for the rows of a sketch."""
-        return [x[list(model.rows)][..., list(tokens), :] for x in (self.q, self.k, self.v)]
+        return [FORMS[form](x[list(model.rows)][..., list(tokens), :]) for x in (self.q, self.k, self.v)]
 
     def rebuilt(self, model: Model) -> AttentionSketch:
         """From scratch: in one pass, or one for each run of tokens with queries, or without."""
@@ -124,28 +148,28 @@ class Pool(RuleBasedStateMachine):
     def tolerance(self) -> float:
         return 2e-3 if self.k.dtype == np.float16 else 1e-5
 
-    @rule(data=st.data(), n=SIZES, first=st.integers(0, TOKENS - 1), asked=st.booleans())
-    def update(self, data: st.DataObject, n: int, first: int, asked: bool) -> None:
+    @rule(data=st.data(), n=SIZES, first=st.integers(0, TOKENS - 1), asked=st.booleans(), form=FORM)
+    def update(self, data: st.DataObject, n: int, first: int, asked: bool, form: str) -> None:
         i = self.one(data)
         sketch, model = self.sketches[i], self.models[i]
         if len(model.tokens) + n > MOST:
             return
         tokens = [(first + j) % TOKENS for j in range(n)]
-        q, k, v = self.block(model, tokens)
+        q, k, v = self.block(model, tokens, form)
         if n == 0:
             self.refuses(i, ValueError, lambda: sketch.update(k, v, q if asked else None))
             return
         sketch.update(k, v, q if asked else None)
         self.models[i] = model.more(tokens, asked)
 
-    @rule(data=st.data(), n=SIZES, first=st.integers(0, TOKENS - 1))
-    def step(self, data: st.DataObject, n: int, first: int) -> None:
+    @rule(data=st.data(), n=SIZES, first=st.integers(0, TOKENS - 1), form=FORM)
+    def step(self, data: st.DataObject, n: int, first: int, form: str) -> None:
         i = self.one(data)
         sketch, model = self.sketches[i], self.models[i]
         if len(model.tokens) + n > MOST:
             return
         tokens = [(first + j) % TOKENS for j in range(n)]
-        q, k, v = self.block(model, tokens)
+        q, k, v = self.block(model, tokens, form)
         if n == 0:
             self.refuses(i, ValueError, lambda: sketch.step(q, k, v))
             return
@@ -157,17 +181,18 @@ class Pool(RuleBasedStateMachine):
             _, k, v = self.block(model, model.tokens)
             np.testing.assert_allclose(out, attention(q, k, v, causal=True), rtol=0, atol=self.tolerance())
 
-    @rule(data=st.data(), m=st.integers(0, 40), first=st.integers(0, TOKENS - 1))
-    def attend(self, data: st.DataObject, m: int, first: int) -> None:
+    @rule(data=st.data(), m=st.integers(0, 40), first=st.integers(0, TOKENS - 1), form=FORM)
+    def attend(self, data: st.DataObject, m: int, first: int, form: str) -> None:
         i = self.one(data)
         sketch, model = self.sketches[i], self.models[i]
-        q, _, _ = self.block(model, [(first + j) % TOKENS for j in range(m)])
+        q, _, _ = self.block(model, [(first + j) % TOKENS for j in range(m)], form)
         if not model.tokens or m == 0:
             self.refuses(i, RuntimeError if not model.tokens else ValueError, lambda: sketch.attend(q))
             return
         state = sketch.state
         out = sketch.attend(q)
         assert sketch.state is state
+        assert out.dtype.isnative
         assert np.isfinite(out).all()
         if self.is_exact(model):
             _, k, v = self.block(model, model.tokens)
@@ -178,9 +203,17 @@ class Pool(RuleBasedStateMachine):
         """Copy, pickle, or save and load; go on with both, or with the new one alone."""
         i = self.one(data)
         sketch = self.sketches[i]
-        if way == "file":
-            path = Path(self.folder.name) / "a.safetensors"
+        if way in ("file", "link"):
+            path = file = Path(self.folder.name) / "a.safetensors"
+            if way == "link":
+                path = file.with_name("link.safetensors")
+                if not path.is_symlink():
+                    path.symlink_to(file.name)
+            mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else None
             sketch.save(path)
+            assert path.is_symlink() == (way == "link")
+            assert mode in (None, stat.S_IMODE(file.stat().st_mode))
+            file.chmod(0o640 if mode is None else mode ^ 0o044)
             other = subgen.load(path)
         elif way == "pickle":
             other = pickle.loads(pickle.dumps(sketch))
@@ -226,25 +259,13 @@ class Pool(RuleBasedStateMachine):
         assert all(sketch.state is state for sketch, state in zip(pair, states, strict=True))
 
     @precondition(lambda self: any(model.tokens for model in self.models))
-    @rule(
-        data=st.data(), how=st.sampled_from(["nan", "dtype", "heads", "head_dim", "queries", "list", "rows", "length"])
-    )
+    @rule(data=st.data(), how=st.sampled_from([*BAD]))
     def bad_call(self, data: st.DataObject, how: str) -> None:
         i = data.draw(st.sampled_from([i for i, model in enumerate(self.models) if model.tokens]))
         sketch = self.sketches[i]
         q, k, v = self.block(self.models[i], range(5))
-        bad: dict[str, Any] = {
-            "nan": (np.where(np.arange(5)[:, None] == 3, np.nan, k).astype(k.dtype), v, q),
-            "dtype": (k.astype(np.longdouble), v.astype(np.longdouble), None),
-            "heads": (k[:, :1], v[:, :1], None),
-            "head_dim": (k[..., :3], v, None),
-            "queries": (k, v, q[:, :3]),
-            "list": (k.tolist(), v, None),
-            "rows": (np.concatenate([k, k]), np.concatenate([v, v]), None),
-            "length": (k, v[..., :4, :], None),
-        }
-        self.refuses(i, (ValueError, TypeError), lambda: sketch.update(*bad[how]))
-        keys, values, queries = bad[how]
+        keys, values, queries = BAD[how](q, k, v)
+        self.refuses(i, (ValueError, TypeError), lambda: sketch.update(keys, values, queries))
         self.refuses(i, (ValueError, TypeError), lambda: sketch.step(q if queries is None else queries, keys, values))
 
     def refuses(self, i: int, kind: Any, call: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -230,13 +230,18 @@ def outside_modes(function: Callable[P, T]) -> Callable[P, T]:
     See `autocast_off`. torch.compile runs it as it is, with a graph break: to trace loops that end by values takes it
     minutes.
     """
+    untraced: list[Callable[P, T]] = []  # the function as torch.compile leaves it and all that it calls alone
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        run, context = function, _NO_CONTEXT
+        run = function
+        if "torch._dynamo" in sys.modules:  # only where it is loaded, as loading takes seconds
+            if not untraced:
+                untraced.append(sys.modules["torch"].compiler.disable(function))
+            run = untraced[0]
+        context = _NO_CONTEXT
         for x in (*args, *kwargs.values()):
             if _library(x) == "torch":
-                run = _untraced(function) if "torch._dynamo" in sys.modules else function
                 context = autocast_off(x)
                 break
         # NumPy may be told to raise where a weight of attention underflows to zero, as it should.
@@ -245,10 +250,3 @@ def outside_modes(function: Callable[P, T]) -> Callable[P, T]:
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined] # as torch.compiler.disable marks it
     return call
-
-
-@cache
-def _untraced(function: Callable[P, T]) -> Callable[P, T]:
-    """Let torch.compile leave a function and all that it calls alone; where it is loaded, as loading takes seconds."""
-    untraced: Callable[P, T] = sys.modules["torch"].compiler.disable(function)
-    return untraced

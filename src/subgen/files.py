@@ -194,7 +194,7 @@ def existing_file(path: str | Path, expected: str) -> Path:
             target = f", but a link to {os.readlink(path)}" if path.is_symlink() else ""
             raise FileError(f"{path}: no such file{target}; {expected}") from None
         if not regular:
-            what = "a folder" if path.is_dir() else "not a regular file"
+            what = "no such file, but a folder" if path.is_dir() else "not a regular file"
             raise FileError(f"{path}: {what}; {expected}")
         with path.open("rb"):  # safetensors takes a file that it may not read for one that is missing
             pass

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from ._checks import check_alike, check_length
-from ._inputs import autocast_off
+from ._inputs import autocast_off, outside_modes
 from .backends import operations_for
 from .joined_means import join_means
 from .joined_paper import join_paper
@@ -20,6 +20,7 @@ from .state import PaperState
 __all__ = ["merge"]
 
 
+@outside_modes
 def merge(*sketches: AttentionSketch) -> AttentionSketch:
     """Return the sketch of one stream after another: of a context that was sketched in shards.
 

@@ -107,7 +107,7 @@ def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
     >>> bool(np.all(sketch.attend(keys) == resumed.attend(keys)))
     True
     """
-    if isinstance(like, type) or (like is not None and not hasattr(like, "shape")):
+    if isinstance(like, type) or (like is not None and not hasattr(like, "device")):
         raise TypeError(
             f"like must be an array, for its library, dtype and device, got {like!r}: pass one with any numbers, for "
             f"example numpy.zeros(1, numpy.float32) or torch.zeros(1, dtype=torch.float16, device='cuda')"
