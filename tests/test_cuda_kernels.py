@@ -36,7 +36,7 @@ from subgen_cupy import (
 import subgen
 from subgen import _array, backends, merging
 from subgen._array import dtype_name
-from subgen.absorbing import Dithers, Exact
+from subgen.absorbing import Dithers, Exact, widened
 from subgen.backends import PORTABLE
 from subgen.mass import log_weights
 from subgen.merging import Means
@@ -341,7 +341,7 @@ def test_a_token_is_taken_in_and_answered(
     np.testing.assert_array_equal(lab.get(decoded.queries.codes), old_codes)
     np.testing.assert_array_equal(lab.get(decoded.queries.scales), old_scales)
     wide, used = rows.astype(np.float64), held.n_means + n_exact + 1
-    counts, spread = lab.get(held.counts), lab.get(held.spread).astype(np.float64)
+    counts, spread = lab.get(held.counts), lab.get(held.spread)
     weights = [np.zeros((2, group, n_exact + 1))]
     if clusters:
         weights.insert(0, log_weights(wide, counts, spread))
@@ -799,7 +799,9 @@ def test_tokens_are_collected_as_by_the_portable_code(
     window_keys, window_values = (lab.put(x)[:, 3:] for x in (keys, values))
     put = functools.partial(put_codes, lab)
     pool, scale = _absorbing.collect(lab.device, held.each(put), window_keys, window_values, leave, 0.7)
-    expected, expected_scale = PORTABLE["collect"](held.each(wide), wide(keys[:, 3:]), wide(values[:, 3:]), leave, 0.7)
+    # Before they are widened here, 16 bits hold roots, and scales of codes in another unit.
+    means_held = widened(held, np.float32).each(wide)
+    expected, expected_scale = PORTABLE["collect"](means_held, wide(keys[:, 3:]), wide(values[:, 3:]), leave, 0.7)
     got = pool.each(lab.get)
     for name in ("keys", "values", "counts", "spread"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
@@ -823,7 +825,7 @@ def test_tokens_are_collected_behind_clusters_of_more_than_32_bits_count(lab: La
     held = replace(held, counts=held.counts * (2**40 + 1))
     put = functools.partial(put_codes, lab)
     pool, _ = _absorbing.collect(lab.device, held.each(put), lab.put(keys), lab.put(values), 10, 0.7)
-    expected, _ = PORTABLE["collect"](held.each(wide), wide(keys), wide(values), 10, 0.7)
+    expected, _ = PORTABLE["collect"](widened(held, np.float32).each(wide), wide(keys), wide(values), 10, 0.7)
     np.testing.assert_array_equal(lab.get(pool.counts), expected.counts)
     # The fourth power of a sum, in another order.
     np.testing.assert_allclose(lab.get(pool.importance), expected.importance, rtol=2e-4)
