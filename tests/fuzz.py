@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from safetensors.numpy import save as to_safetensors
+from test_inputs import FORMS
 
 import subgen
 from subgen import AttentionSketch
@@ -196,8 +197,8 @@ def change_json(rng: Rng, value: Any) -> Any:
     return value
 
 
-def change_array(rng: Rng, x: np.ndarray) -> np.ndarray:
-    """Other numbers, another dtype or another shape."""
+def change_array(rng: Rng, x: np.ndarray, others: tuple[str, ...] = ()) -> np.ndarray:
+    """Other numbers, another dtype, of others too, or another shape."""
     kind = pick(rng, ("number", "number", "number", "row", "shuffle", "dtype", "axis", "shorter", "longer", "noise"))
     x = x.copy()
     with np.errstate(all="ignore"):
@@ -210,7 +211,7 @@ def change_array(rng: Rng, x: np.ndarray) -> np.ndarray:
         elif kind == "shuffle" and x.ndim:
             x = rng.permutation(x, axis=int(rng.integers(x.ndim)))
         elif kind == "dtype":
-            x = x.astype(pick(rng, ("f2", "f4", "f8", "i1", "i4", "i8", "u2", "?")))
+            x = x.astype(pick(rng, ("f2", "f4", "f8", "i1", "i4", "i8", "u2", "?", *others)))
         elif kind == "axis":
             x = pick(rng, (x[..., None], x[None], x.reshape(-1), np.moveaxis(x, 0, -1)))
         elif kind == "shorter" and x.ndim:
@@ -223,12 +224,12 @@ def change_array(rng: Rng, x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x)
 
 
-def change_arrays(rng: Rng, arrays: Tensors) -> Tensors:
+def change_arrays(rng: Rng, arrays: Tensors, others: tuple[str, ...] = ()) -> Tensors:
     arrays = dict(arrays)
     name = pick(rng, sorted(arrays))
     kind = pick(rng, ("change", "change", "change", "change", "remove", "rename", "swap", "all streams"))
     if kind == "change":
-        arrays[name] = change_array(rng, arrays[name])
+        arrays[name] = change_array(rng, arrays[name], others)
     elif kind == "remove":
         del arrays[name]
     elif kind == "rename":
@@ -320,7 +321,7 @@ def npz_capture(rng: Rng, arrays: Tensors) -> bytes:
     kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
     with zipfile.ZipFile(file, "w", pick(rng, kinds)) as archive:
         if rng.random() < 0.3:
-            arrays = change_arrays(rng, arrays)
+            arrays = change_arrays(rng, arrays, (">f2", ">f4", ">f8", "g", "c8", "M8[s]", "S9"))
         changed = pick(rng, (*arrays, None))
         for name, x in arrays.items():
             names = (name, f"../{name}.npy", f"{name}.NPY", f"{name}/", "x.npy")
@@ -401,7 +402,7 @@ def refused_by(message: str) -> str:
 
 
 def try_sketch(path: Path, rng: Rng) -> str:
-    like = np.zeros((), pick(rng, ("f2", "f4", "f8"))) if rng.random() < 0.2 else None
+    like = np.zeros((), pick(rng, ("f2", "f4", "f8", ">f2", ">f4", ">f8"))) if rng.random() < 0.2 else None
     try:
         sketch = subgen.load(path, like=like)
     except FileError as error:
@@ -411,7 +412,9 @@ def try_sketch(path: Path, rng: Rng) -> str:
     if layout is not None:
         leading, d, e, dtype = layout.leading, layout.head_dim, layout.value_dim, layout.example.dtype
         assert sketch.attend(np.ones((*leading, 2, d), dtype)).shape == (*leading, 2, e)
-    keys, values = np.ones((*leading, 21, d), dtype), np.ones((*leading, 21, e), dtype)
+    assert np.dtype(dtype).isnative
+    form = FORMS[pick(rng, list(FORMS))]
+    keys, values = form(np.ones((*leading, 21, d), dtype)), form(np.ones((*leading, 21, e), dtype))
     try:
         sketch.update(keys[..., :10, :], values[..., :10, :])
     except (MemoryError, ValueError) as error:

@@ -158,11 +158,11 @@ def _torch_converter(name: str, x: Any) -> Callable[[str, Any], Array]:
 
 
 def _plain_torch(strided: object, name: str, x: Any) -> Array:
+    strange = x.layout is not strided or x.is_nested or x.is_meta
     try:
-        x.data_ptr()  # what stands for a tensor inside torch.func has none
-        strange = x.layout is not strided or x.is_nested or x.is_meta
-    except RuntimeError:
-        strange = True
+        x.data_ptr()
+    except RuntimeError:  # what stands for a tensor inside torch.func has no memory, nor have tensors of some devices
+        strange = strange or x.device.type in ("cpu", "cuda")
     if strange:
         raise TypeError(f"{name} {_torch_words(name, x)}")
     if x.requires_grad:
