@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import to_numpy
+from libraries import LIBRARIES, to_numpy
 from test_persist import PAPER
 
 from subgen import AttentionSketch, attention
@@ -169,3 +169,24 @@ def test_importance_may_grow_beyond_float16() -> None:
         again = from_roots(round_roots(x, dtype, uniform), np.float32)
         np.testing.assert_allclose(again, x, rtol=2e-3 if dtype is np.float16 else 0)  # two roundings to 11 bits
         np.testing.assert_array_equal(from_roots(round_roots(again, dtype, uniform), np.float32), again)
+
+
+@pytest.mark.parametrize("name", ["numpy", "strict", "torch"])
+def test_two_far_groups_of_keys_are_merged_as_in_float64(name: str) -> None:
+    """Distances within a group are a millionth of the squares that float32 would compute them from."""
+    library = LIBRARIES[name]
+    pytest.importorskip(library.module)
+    rng = np.random.default_rng(0)
+    crowd, side = rng.integers(0, 12, 400), np.where(rng.random(400) < 0.5, -3e4, 3e4)
+    k = rng.normal(size=(12, 16))[crowd] + 0.2 * rng.normal(size=(400, 16))
+    v = rng.normal(size=(12, 16))[crowd] + 0.2 * rng.normal(size=(400, 16))
+    q = 1.5 * rng.normal(size=(400, 16))
+    k[:, 0] += side
+    q[:, 0] *= 1e-5
+    exact, errors = attention(q[None, -50:], k[None], v[None]), []
+    for dtype in (np.float64, np.float32):
+        queries, keys, values = (library.array(x[None].astype(dtype)) for x in (q, k, v))
+        sketch = AttentionSketch(40, window=16)
+        sketch.update(keys, values, queries)
+        errors.append(np.abs(to_numpy(sketch.attend(queries[:, -50:, :])) - exact).mean())
+    assert errors[1] < 1.05 * errors[0]

@@ -14,6 +14,7 @@ import scipy.linalg.cython_blas  # noqa: F401  # loaded here: threads are not th
 from numba import njit
 
 from subgen.absorbing import VALUE_WEIGHT
+from subgen.merging import DIGITS, SAMPLED
 from subgen.metric import LEAST_ANGLE, RIDGE
 
 from ._compiled_merging import choose, edges, product
@@ -146,15 +147,19 @@ def absorb(
             if room.size < m * live:
                 room = np.empty(0, dtype)  # what was taken goes first
                 room = np.empty(min(m + m // 4, live) * live, dtype)  # the next stream may need a little more
+            costs = room[: m * live].reshape(m, live)
+            _multiply(points[:live], compared[:m], of_new, costs)
+            if _lossy(costs, compared[:m], half[:live]):
+                odd[s] = True
+                break
             first, second, others = _choose(
+                costs,
                 points[:live],
                 half[:live],
                 pool_importance[:live],
                 compared[:m],
                 nearest_old[:live],
                 live - most,
-                of_new,
-                room,
                 edge,
                 integers,
             )
@@ -343,30 +348,49 @@ def _find_compared(remembered: Any, surplus: int, new: Any, nearest: Any) -> int
 
 
 @njit(**OPTIONS)
+def _multiply(points: Any, new: Any, of_new: Any, products: Any) -> None:
+    """Find the products of some points with all."""
+    m = new.size
+    if m == points.shape[0]:
+        _multiply_all(points, products)
+    else:
+        for r in range(m):
+            for t in range(points.shape[1]):
+                of_new[r, t] = points[new[r], t]
+        np.dot(of_new[:m], points.T, products)
+
+
+@njit(**OPTIONS)
+def _lossy(products: Any, new: Any, half: Any) -> bool:
+    """Whether float32 has lost the digits of most nearest distances; see `subgen.merging.ward_costs`."""
+    if half.itemsize > 4:
+        return False
+    lost, counted, digits = 0, 0, half.dtype.type(DIGITS)
+    for r in range(0, new.size, max(1, -(-new.size // SAMPLED))):
+        counted += 1
+        own = half[new[r]]
+        for j in range(half.size):
+            if own + half[j] - products[r, j] < digits * (own + half[j]) and j != new[r]:
+                lost += 1
+                break
+    return 2 * lost > counted
+
+
+@njit(**OPTIONS)
 def _choose(
+    costs: Any,
     points: Any,
     half: Any,
     importance: Any,
     new: Any,
     nearest: Any,
     surplus: int,
-    of_new: Any,
-    room: Any,
     edge: Any,
     integers: Any,
 ) -> Any:
-    """Choose pairs as `subgen_numpy._merging` does."""
-    m, n = new.size, half.size
-    costs = room[: m * n].reshape(m, n)
-    if m == n:
-        _multiply_all(points, costs)
-    else:
-        for r in range(m):
-            for t in range(points.shape[1]):
-                of_new[r, t] = points[new[r], t]
-        np.dot(of_new[:m], points.T, costs)
-    edges(points, half, importance, nearest, edge[:n])
-    bits, edge_bits = costs.view(integers.dtype), edge[:n].view(integers.dtype)
+    """Choose pairs as `subgen_numpy._merging` does, from the products of points, which are written over."""
+    edges(points, half, importance, nearest, edge[: half.size])
+    bits, edge_bits = costs.view(integers.dtype), edge[: half.size].view(integers.dtype)
     return choose(costs, bits, new, half, importance, nearest, edge_bits, surplus)
 
 

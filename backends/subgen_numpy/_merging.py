@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subgen._array import chunks
-from subgen.merging import Means, band_means
+from subgen.merging import DIGITS, SAMPLED, Means, band_means
 
 from ._compiled import compiled
 from ._threads import by_streams
@@ -217,6 +217,11 @@ def _choose(
         factor /= total
         products *= factor
 
+    if dtype == np.float32 and not wild and _lossy(costs, new, half):
+        precise = means.each(lambda x: x.astype(np.float64) if x.dtype == dtype else x)
+        precise_metric = None if metric is None else metric.astype(np.float64)
+        return _choose(precise, precise_metric, np.float64(value_scale), surplus, _Room(np.dtype(np.float64)))
+
     # Two that stay as they are and of which one remembers the other; a new one has its own row.
     keeps = nearest >= 0
     keeps[keeps] = nearest[nearest[keeps]] >= 0
@@ -248,6 +253,15 @@ def _choose(
     row = np.full(n, -1)
     row[new] = np.arange(m)
     return _match(_Pairs(new, row, costs, nearest, edge), surplus)
+
+
+def _lossy(products: Floats, new: Integers, half: Floats) -> bool:
+    """Whether float32 has lost the digits of most nearest distances; see `subgen.merging.ward_costs`."""
+    rows = np.arange(0, new.size, max(1, -(-new.size // SAMPLED)))
+    sums = half[new[rows], None] + half
+    near = sums - products[rows] < half.dtype.type(DIGITS) * sums
+    near[np.arange(rows.size), new[rows]] = False
+    return 2 * int(near.any(axis=1).sum()) > rows.size
 
 
 def _points(means: Means, metric: Floats | None, value_scale: Any) -> Floats:

@@ -18,6 +18,8 @@ from ._array import Array, array_namespace, clip, positions
 from ._memory import pieces
 
 __all__ = [
+    "DIGITS",
+    "SAMPLED",
     "Means",
     "band_means",
     "bands",
@@ -29,6 +31,12 @@ __all__ = [
     "nobody",
     "ward_costs",
 ]
+
+
+# A squared distance below this share of the squares that it is the difference of has lost its digits in float32; and
+# clusters that are looked at.
+DIGITS = 2.0**-17
+SAMPLED = 16
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,25 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
     -------
     array, shape (streams, clusters, clusters)
         Symmetric; ``inf`` on the diagonal and wherever a place is free.
+
+    Notes
+    -----
+    Distances are computed from products. Where clusters lie much closer to each other than to their common mean (two
+    far groups of keys), float32 does not have the digits: such streams are computed in float64.
     """
+    xp = array_namespace(means.keys)
+    costs, lossy = _costs(means, metric, value_scale)
+    if lossy is None or not bool(xp.any(lossy)):
+        return costs
+    names = ("keys", "values", "importance")
+    precise = replace(means, **{name: xp.astype(getattr(means, name), xp.float64) for name in names})
+    precise_metric = None if metric is None else xp.astype(metric, xp.float64)
+    found, _ = _costs(precise, precise_metric, xp.astype(value_scale, xp.float64))
+    return xp.where(lossy[:, None, None], xp.astype(found, costs.dtype), costs)
+
+
+def _costs(means: Means, metric: Array | None, value_scale: Array) -> tuple[Array, Array | None]:
+    """Compute costs in the dtype of the means, and, below float64, the streams whose digits that loses: bool."""
     xp = array_namespace(means.keys)
     live = means.counts > 0
     # Differences are all that matters: without the common offset, float32 keeps the digits.
@@ -168,6 +194,7 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
     cross = xp.matmul(mapped, xp.matrix_transpose(keys)) + xp.matmul(values, xp.matrix_transpose(values))
     # The two halves of a product may round differently; mutual neighbours need exact symmetry.
     cross = cross + xp.matrix_transpose(cross)
+    lossy = None if means.keys.dtype == xp.float64 else _lossy(norms, cross, live)
     w, index = means.importance, positions(keys.shape[1], keys)
     # No cost is infinite but where nothing may merge, whatever the keys.
     largest = float(xp.finfo(cross.dtype).max) ** 0.5
@@ -179,7 +206,27 @@ def ward_costs(means: Means, metric: Array | None, value_scale: Array) -> Array:
         costs = xp.where(squared > 0, clip(squared, None, largest), xp.zeros_like(squared)) * factor
         possible = live[:, part, None] & live[:, None, :] & (index[part, None] != index[None, :])[None, :, :]
         rows.append(xp.where(possible, costs, xp.full_like(costs, math.inf)))
-    return rows[0] if len(rows) == 1 else xp.concat(rows, axis=1)
+    return rows[0] if len(rows) == 1 else xp.concat(rows, axis=1), lossy
+
+
+def _lossy(norms: Array, cross: Array, live: Array) -> Array:
+    """Return streams in which most nearest distances are below the digits of their products: bool, shape (streams,).
+
+    A few clusters, evenly spaced, stand for all.
+    """
+    xp, n = array_namespace(norms), norms.shape[1]
+    rows = list(range(0, n, -(-n // SAMPLED))) if n else []
+    if not rows:
+        return xp.any(live, axis=-1)
+    lost, counted = [], []
+    for i in rows:
+        sums = norms[:, i : i + 1] + norms
+        other = live & (positions(n, norms) != i)[None, :]
+        near = other & (sums - cross[:, i, :] < DIGITS * sums)
+        lost.append(xp.any(near, axis=-1) & live[:, i])
+        counted.append(live[:, i])
+    lost, counted = (xp.sum(xp.astype(xp.stack(x, axis=0), xp.int64), axis=0) for x in (lost, counted))
+    return 2 * lost > counted
 
 
 def merge_closest(
