@@ -90,6 +90,7 @@ def sketches() -> list[tuple[bytes, Saved]]:
             if n:
                 keys, values = random(i, (2, n, 4), dtype), random(i + 50, (2, n, 3), dtype)
                 sketch.update(keys, values, keys)
+                sketch.attend(keys[:, -2:])  # compiles, which is not timed
             for _ in range(doublings):
                 sketch = subgen.merge(sketch, sketch)
             path = Path(folder) / "a.safetensors"

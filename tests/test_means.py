@@ -209,8 +209,9 @@ def test_memory_is_fixed_and_is_that_of_the_arrays() -> None:
         assert state.keys.shape[1] <= 4 + 16 + 20
         if start > 500:
             sizes.add(sketch.nbytes)
-    # Per stream: pairs, a query in 8 bits and its scale for each token of the window, six numbers for each cluster.
-    assert sizes == {2 * (4 * ((4 + 16 + 20) * 16 + 20 * 6) + 16 * (8 + 4))}
+    # Per stream: pairs, a query in 8 bits and its scale for each token of the window; for each cluster a count of 8
+    # bytes and five numbers.
+    assert sizes == {2 * (4 * ((4 + 16 + 20) * 16 + 20 * 7) + 16 * (8 + 4))}
 
 
 def test_mutual_pairs_end_at_the_number_asked_whatever_the_ties(library: Library) -> None:
@@ -324,7 +325,7 @@ def test_few_clusters_remember_nothing_and_take_no_more_bytes() -> None:
         assert (sketch.state.nearest is None) == (clusters == FEW_CLUSTERS)
         assert sketch.method.footprint(k, v).of_stream(clusters) == sketch.nbytes
     few, more = held.values()
-    assert more - few == 4 * (4 + 3 + 1 + 4 + 1) + 4 * (FEW_CLUSTERS + 1)
+    assert more - few == 4 * (4 + 3 + 2 + 4 + 1) + 4 * (FEW_CLUSTERS + 1)
     # In those bytes fits one more, in a byte less one less.
     for nbytes, clusters in ((more, FEW_CLUSTERS + 1), (more - 1, FEW_CLUSTERS), (few, FEW_CLUSTERS)):
         sketch = AttentionSketch(max_bytes=nbytes, window=64)

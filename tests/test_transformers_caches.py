@@ -104,4 +104,5 @@ def test_a_token_with_a_static_cache_in_one_compiled_graph() -> None:
         model(ids[:, :19], **given(cache))
         found.append(call(ids[:, 19:], **given(cache)).logits)
     torch.compiler.reset()
-    assert torch.equal(*found)
+    # A graph rounds in another order, with plain attention too: 1.4e-6 in trials.
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
