@@ -143,7 +143,7 @@ def test_update_of_a_long_block_takes_no_more_memory_than_of_a_shorter_one(kind:
         taken.append(peak(lambda s=sketch, q=queries, k=keys: s.update(k, k, q)))  # type: ignore[misc]
         # The costs of the pairs of a stream: half a window joins the clusters.
         assert taken[-1] < allowed(8, sketch) + (16 + 128) ** 2 * 4
-    assert taken[1] < 1.2 * taken[0]
+    assert taken[1] < 2 * taken[0]  # and not 8 times: what is small varies by a fifth
 
 
 @pytest.mark.usefixtures("limited")
