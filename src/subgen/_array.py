@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ __all__ = [
     "chunks",
     "clip",
     "compute_dtype",
+    "concat",
     "dtype_name",
     "finfo",
     "is_floating",
@@ -72,6 +74,11 @@ def compute_dtype(x: Array) -> Any:
     """Return the dtype to compute in: float64 for float64 input, float32 for anything narrower."""
     xp = array_namespace(x)
     return xp.float64 if x.dtype == xp.float64 else xp.float32
+
+
+def concat(arrays: Sequence[Array], axis: int) -> Array:
+    """Concatenate arrays along an axis; a single one is returned without a copy."""
+    return arrays[0] if len(arrays) == 1 else array_namespace(arrays[0]).concat(list(arrays), axis=axis)
 
 
 def dtype_name(dtype: object) -> str:

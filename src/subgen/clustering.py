@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ._array import Array, array_namespace, chunks, positions
+from ._array import Array, array_namespace, chunks, concat, positions
 from ._memory import pieces, transient_limit
 
 __all__ = ["append_leaders", "assign_leaders", "room_for", "squared_distances"]
@@ -61,21 +61,19 @@ def assign_leaders(keys: Array, centres: Array, n_clusters: Array, delta: float)
     opened : bool array, shape (streams, n)
         Whether the key opened its cluster and is its representative.
     """
-    xp = array_namespace(keys)
     streams, n = keys.shape[:2]
     if len(pieces(n, n, keys)) > 1:
         return _assign_in_parts(keys, centres, n_clusters, delta)
     parts = pieces(streams, n * max(n, centres.shape[1]), keys)
-    if len(parts) == 1:
-        return _assign(keys, centres, n_clusters, delta)
     some = [_assign(keys[part, ...], centres[part, ...], n_clusters[part], delta) for part in parts]
-    return xp.concat([assignment for assignment, _ in some], axis=0), xp.concat([opened for _, opened in some], axis=0)
+    assignments, opened = zip(*some, strict=True)
+    return concat(assignments, axis=0), concat(opened, axis=0)
 
 
 def _assign_in_parts(keys: Array, centres: Array, n_clusters: Array, delta: float) -> tuple[Array, Array]:
     """Assign one part of a long block after the other: the distances within each are bounded."""
     xp = array_namespace(keys)
-    some = []
+    assignments, openings = [], []
     for part in chunks(keys.shape[1], math.isqrt(transient_limit(keys))):
         assignment, opened = assign_leaders(keys[:, part, :], centres, n_clusters, delta)
         after = n_clusters + xp.sum(xp.astype(opened, xp.int64), axis=-1)
@@ -83,8 +81,9 @@ def _assign_in_parts(keys: Array, centres: Array, n_clusters: Array, delta: floa
         centres = xp.concat([centres, xp.zeros_like(keys[:, :lacking, :])], axis=1)
         centres = append_leaders(centres, n_clusters, keys[:, part, :], opened)
         n_clusters = after
-        some.append((assignment, opened))
-    return xp.concat([assignment for assignment, _ in some], axis=1), xp.concat([opened for _, opened in some], axis=1)
+        assignments.append(assignment)
+        openings.append(opened)
+    return concat(assignments, axis=1), concat(openings, axis=1)
 
 
 def _assign(keys: Array, centres: Array, n_clusters: Array, delta: float) -> tuple[Array, Array]:
@@ -125,9 +124,7 @@ def _nearest_centres(keys: Array, centres: Array, n_clusters: Array) -> tuple[Ar
         squared = xp.where(live, squared, xp.full_like(squared, math.inf))
         places.append(xp.argmin(squared, axis=-1))
         distances.append(xp.min(squared, axis=-1))
-    if len(places) == 1:
-        return places[0], distances[0]
-    return xp.concat(places, axis=1), xp.concat(distances, axis=1)
+    return concat(places, axis=1), concat(distances, axis=1)
 
 
 def room_for(n_clusters: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ._array import Array, array_namespace, chunks, compute_dtype
+from ._array import Array, array_namespace, chunks, compute_dtype, concat
 from ._checks import check_block, check_groups, check_scale
 from ._inputs import outside_modes
 from ._memory import pieces, transient_limit
@@ -96,13 +96,13 @@ def _attention(
     (m, n), (head_dim, value_dim) = (queries.shape[-2], keys.shape[-2]), (keys.shape[-1], values.shape[-1])
     q = xp.reshape(queries, (streams, group, m, head_dim))
     k, v = xp.reshape(keys, (streams, n, head_dim)), xp.reshape(values, (streams, n, value_dim))
-    # At least the logits of one query of each head; keys and values too where they are cast.
-    numbers = n * (group if keys.dtype == compute_dtype(keys) else max(group, head_dim, value_dim))
+    # For each key, at least the logits of one query of each head; the key and its value too where they are cast.
+    numbers = group if keys.dtype == compute_dtype(keys) else max(group, head_dim, value_dim)
     outputs = [
-        _some_streams(q[part, ...], k[part, ...], v[part, ...], scale, causal, numbers // n, ops)
-        for part in pieces(streams, numbers, keys)
+        _some_streams(q[part, ...], k[part, ...], v[part, ...], scale, causal, numbers, ops)
+        for part in pieces(streams, n * numbers, keys)
     ]
-    return xp.reshape(outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=0), (*queries.shape[:-1], value_dim))
+    return xp.reshape(concat(outputs, axis=0), (*queries.shape[:-1], value_dim))
 
 
 def _some_streams(
@@ -140,4 +140,4 @@ def _some_streams(
             else:
                 output = xp.astype(answer[0], keys.dtype, copy=False)
                 outputs[i] = xp.reshape(output, (streams, group, size, value_dim))
-    return outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)
+    return concat(outputs, axis=2)

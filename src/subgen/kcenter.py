@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._array import Array, array_namespace
+from ._array import Array, array_namespace, concat
 from ._checks import check_block, check_integer
 from ._inputs import outside_modes
 from ._memory import pieces
@@ -56,7 +56,7 @@ def k_center_radii(keys: Array, k: int) -> Array:
         distances = [
             xp.sum((xp.astype(points[:, part, :], xp.float64, copy=False) - centre) ** 2, axis=-1) for part in parts
         ]
-        distance = distances[0] if len(parts) == 1 else xp.concat(distances, axis=-1)
+        distance = concat(distances, axis=-1)
         squared = distance if squared is None else xp.minimum(squared, distance)
         radii.append(xp.max(squared, axis=-1, keepdims=True))
         farthest = xp.argmax(squared, axis=-1, keepdims=True)

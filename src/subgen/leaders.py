@@ -7,7 +7,7 @@ of its leader, and so within ``2 delta`` of the mean.
 
 from __future__ import annotations
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, concat, positions
 from ._memory import pieces
 from .backends import Operations
 from .clustering import append_leaders
@@ -97,4 +97,4 @@ def _sums(assignment: Array, places: int, counts: Array, *numbers: Array) -> lis
         added = xp.sum(xp.where(member, counts[:, :, None], zero), axis=1)
         by_cluster = xp.matrix_transpose(xp.astype(member, numbers[0].dtype))
         some.append([added, *(xp.matmul(by_cluster, x) for x in numbers)])
-    return some[0] if len(some) == 1 else [xp.concat(list(x), axis=1) for x in zip(*some, strict=True)]
+    return [concat(x, axis=1) for x in zip(*some, strict=True)]

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
-from ._array import Array, array_namespace, chunks, compute_dtype, itemsize, narrow, positions
+from ._array import Array, array_namespace, chunks, compute_dtype, concat, itemsize, narrow, positions
 from ._checks import check_scale
 from ._memory import pieces
 from .absorbing import Absorption, Dithers, Exact, Settled, means_and_exact, widened
@@ -265,7 +265,7 @@ class ClusterMeans:
             some = queries[:, :, part, :], keys[:, part, :], values[:, part, :]
             state, answers = self._step(state, *some, scale, heads, ops)
             outputs += answers
-        return state, outputs[0] if len(outputs) == 1 else array_namespace(keys).concat(outputs, axis=2)
+        return state, concat(outputs, axis=2)
 
     def _step(
         self, state: MeansState, queries: Array, keys: Array, values: Array, scale: float, heads: Array, ops: Operations

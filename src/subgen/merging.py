@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ._array import Array, array_namespace, clip, positions
+from ._array import Array, array_namespace, clip, concat, positions
 from ._memory import pieces
 
 __all__ = [
@@ -206,7 +206,7 @@ def _costs(means: Means, metric: Array | None, value_scale: Array) -> tuple[Arra
         costs = xp.where(squared > 0, clip(squared, None, largest), xp.zeros_like(squared)) * factor
         possible = live[:, part, None] & live[:, None, :] & (index[part, None] != index[None, :])[None, :, :]
         rows.append(xp.where(possible, costs, xp.full_like(costs, math.inf)))
-    return rows[0] if len(rows) == 1 else xp.concat(rows, axis=1), lossy
+    return concat(rows, axis=1), lossy
 
 
 def _lossy(norms: Array, cross: Array, live: Array) -> Array:
@@ -329,7 +329,7 @@ def _of_compared(costs: Array, nearest: Array, live: Array, surplus: Array) -> A
     for part in pieces(costs.shape[1], costs.shape[0] * costs.shape[1], costs):
         some = costs[:, part, :]
         rows.append(xp.where(_compared(nearest, live, surplus, part), some, xp.full_like(some, math.inf)))
-    return rows[0] if len(rows) == 1 else xp.concat(rows, axis=1)
+    return concat(rows, axis=1)
 
 
 def _compared(nearest: Array, live: Array, surplus: Array, rows: slice = slice(None)) -> Array:
@@ -397,9 +397,7 @@ def _cheapest(costs: Array, penalty: Array) -> tuple[Array, Array]:
         partner = xp.argmin(open_costs, axis=-1)
         partners.append(partner)
         least.append(xp.take_along_axis(open_costs, partner[:, :, None], axis=2)[:, :, 0])
-    if len(partners) == 1:
-        return partners[0], least[0]
-    return xp.concat(partners, axis=1), xp.concat(least, axis=1)
+    return concat(partners, axis=1), concat(least, axis=1)
 
 
 def _merge(means: Means, partner: Array, keeps: Array, goes: Array) -> Means:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ._array import Array, array_namespace, chunks, clip, compute_dtype, narrow, positions
+from ._array import Array, array_namespace, chunks, clip, compute_dtype, concat, narrow, positions
 from ._checks import check_scale
 from ._memory import pieces, transient_limit
 from .backends import Operations
@@ -235,7 +235,7 @@ class Paper:
 
         # More clusters may have opened than there was room for when the block was cut.
         outputs = [answer(part) for part in pieces(n, streams * group * max(capacity * self.t, self.s), keys)]
-        return after, outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)
+        return after, concat(outputs, axis=2)
 
 
 def _contents(

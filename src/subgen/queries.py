@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._array import Array, array_namespace, positions
+from ._array import Array, array_namespace, concat, positions
 from ._memory import pieces
 from .rounding import Codes
 from .weighted import scaled
@@ -32,16 +32,12 @@ def query_codes(queries: Array, scale: float, first: int, dtype: object, ops: An
     -------
     Codes, of shape (streams, n, head_dim)
     """
-    xp = array_namespace(queries)
     streams, _, n, head_dim = queries.shape
     rounded: list[Codes] = [
         ops.quantize(scaled(_turns(queries[:, :, part, :], first + part.start), scale), dtype)
         for part in pieces(n, streams * head_dim, queries)
     ]
-    if len(rounded) == 1:
-        return rounded[0]
-    codes, scales = (xp.concat(list(x), axis=1) for x in zip(*((x.codes, x.scales) for x in rounded), strict=True))
-    return Codes(codes, scales)
+    return Codes(concat([x.codes for x in rounded], axis=1), concat([x.scales for x in rounded], axis=1))
 
 
 def _turns(queries: Array, first: int) -> Array:

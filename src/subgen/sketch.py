@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from ._array import Array, array_namespace, library_name, narrow, nbytes, positions
+from ._array import Array, array_namespace, concat, library_name, narrow, nbytes, positions
 from ._checks import (
     check_alike,
     check_block,
@@ -463,9 +463,8 @@ class AttentionSketch:
         if len(parts) == 1:
             answer = self._answer(queries, return_error, return_logsumexp)
         else:
-            xp = array_namespace(queries)
             some = [self._answer(queries[..., part, :], return_error, return_logsumexp) for part in parts]
-            answer = [xp.concat(of_parts, axis=queries.ndim - 2) for of_parts in map(list, zip(*some, strict=True))]
+            answer = [concat(of_parts, axis=queries.ndim - 2) for of_parts in zip(*some, strict=True)]
         return answer[0] if len(answer) == 1 else tuple(answer)
 
     def _answer(self, queries: Array, return_error: bool, return_logsumexp: bool) -> list[Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ._array import Array, array_namespace, compute_dtype, positions
+from ._array import Array, array_namespace, compute_dtype, concat, positions
 
 __all__ = [
     "causal_bias",
@@ -84,10 +84,7 @@ def merge_attention(first: tuple[Array, Array], second: tuple[Array, Array]) -> 
 
 def join_rows(pieces: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Join the outputs and logsumexps of consecutive rows of queries."""
-    if len(pieces) == 1:
-        return pieces[0]
-    xp = array_namespace(pieces[0][0])
-    return xp.concat([output for output, _ in pieces], axis=1), xp.concat([lse for _, lse in pieces], axis=1)
+    return concat([output for output, _ in pieces], axis=1), concat([lse for _, lse in pieces], axis=1)
 
 
 def scaled(queries: Array, scale: float) -> Array:
