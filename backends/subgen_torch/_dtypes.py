@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dtypes", "without_autocast"]
+__all__ = ["Dtypes"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Dtypes:
         given = answer = queries.dtype
         if keys.dtype != given or values.dtype != given:
             given = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), values.dtype)
-        autocast = autocast_of(queries.device)
+        autocast = _autocast_of(queries.device)
         if autocast is not None and given != torch.float64:
             given = answer = autocast
         if before is None:
@@ -65,18 +64,10 @@ class Dtypes:
         return answer if answer.dtype == self.answer else answer.to(self.answer)
 
 
-def autocast_of(device: torch.device) -> torch.dtype | None:
+def _autocast_of(device: torch.device) -> torch.dtype | None:
     """Return the dtype of autocast, if it is on for this kind of device."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype: torch.dtype = torch.get_autocast_dtype(kind)
         return dtype
     return None
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Compute in the dtypes that tensors have: a sketch widens where it must."""
-    if autocast_of(device) is None:
-        return nullcontext()
-    context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
-    return context

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subgen._inputs import autocast_off
+
 from ._budget import Budget
 from ._call import Call
-from ._dtypes import Dtypes, without_autocast
+from ._dtypes import Dtypes
 from ._functions import SketchLength
 from ._lanes import Block, Lanes
 from ._operation import StateLayer, check_rows
@@ -127,7 +129,7 @@ class SubGenLayer(StateLayer[_State]):
         self._check(held, int(keys.shape[0]), past, scale)
         dtypes = Dtypes.of(queries, keys, values, held.dtypes)
         exact_nbytes = sum(x[:, :, :1].numel() * x.element_size() for x in (keys, values))
-        with without_autocast(keys.device):
+        with autocast_off(keys):
             block = Block(*dtypes.cast(queries, keys, values), valid=valid)
             answer, lanes, tail = self._absorbed(held, block, scale)
         state = _State(lanes, held.seen + size, tail, scale, dtypes, exact_nbytes)
@@ -194,7 +196,7 @@ class SubGenLayer(StateLayer[_State]):
                 f"crop was to remove {tokens} of {held.seen} tokens, and the last {most} can be taken back: the rest "
                 f"is in the summary. Only the last block of a call can be, up to rollback={self.rollback} tokens of it"
             )
-        with without_autocast(held.tail.blocks[0].keys.device):
+        with autocast_off(held.tail.blocks[0].keys):
             lanes, tail = held.tail.take_back(tokens, held.scale)
         return replace(held, lanes=lanes, tail=tail, seen=held.seen - tokens)
 
