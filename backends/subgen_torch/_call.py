@@ -33,6 +33,13 @@ class Call:
         self.waiting: HandOver | None = None
         self.over = False
 
+    @staticmethod
+    def alone(layer: StateLayer[Any]) -> Call:
+        """Return a pass over one layer, at its turn."""
+        call = Call([layer], guarded=False)
+        call.next = 1
+        return call
+
     @property
     def complete(self) -> bool:
         """Whether every layer is done."""

@@ -15,7 +15,7 @@ from ._call import Call
 from ._dtypes import Dtypes
 from ._functions import SketchLength
 from ._lanes import Block, Lanes
-from ._operation import StateLayer, check_rows
+from ._operation import StateLayer, block_size, check_rows, nbytes_per_token
 from ._padding import read_mask
 from ._rollback import Tail
 
@@ -71,11 +71,6 @@ class SubGenLayer(StateLayer[_State]):
         self.rollback = rollback
 
     @property
-    def seen(self) -> int:
-        """Tokens seen, padding included."""
-        return self.state.seen
-
-    @property
     def lanes(self) -> Lanes:
         """The sketches."""
         return self.state.lanes
@@ -86,9 +81,7 @@ class SubGenLayer(StateLayer[_State]):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand tokens over in this layer alone; a cache calls `take`."""
-        call = Call([self], guarded=False)
-        call.next = 1
-        return self.take(key_states, value_states, call)
+        return self.take(key_states, value_states, Call.alone(self))
 
     def take(self, key_states: Tensor, value_states: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Hand the layer over on the new keys: nothing is absorbed before they are attended to."""
@@ -128,11 +121,10 @@ class SubGenLayer(StateLayer[_State]):
         valid, past = read_mask(mask, held.seen, size)
         self._check(held, int(keys.shape[0]), past, scale)
         dtypes = Dtypes.of(queries, keys, values, held.dtypes)
-        exact_nbytes = sum(x[:, :, :1].numel() * x.element_size() for x in (keys, values))
         with autocast_off(keys):
             block = Block(*dtypes.cast(queries, keys, values), valid=valid)
             answer, lanes, tail = self._absorbed(held, block, scale)
-        state = _State(lanes, held.seen + size, tail, scale, dtypes, exact_nbytes)
+        state = _State(lanes, held.seen + size, tail, scale, dtypes, nbytes_per_token(keys, values))
         return dtypes.answered(answer), state
 
     def _absorbed(self, held: _State, block: Block, scale: float) -> tuple[Tensor, Lanes, Tail | None]:
@@ -219,19 +211,9 @@ class SubGenLayer(StateLayer[_State]):
         held = self.state
         return held.lanes.nbytes + (0 if held.tail is None else held.tail.nbytes)
 
-    @property
-    def exact_nbytes(self) -> int:
-        """Bytes of all keys and values seen."""
-        return self.state.seen * self.state.nbytes_per_token
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Tokens seen, padding included: positions follow it, not what is held."""
-        return self.state.seen
-
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Length and offset of the mask; releases before 5 pass the positions of the new tokens."""
-        size = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return SketchLength(self.state.seen + size), 0
+        """Length and offset of the mask."""
+        return SketchLength(self.state.seen + block_size(query_length)), 0
 
     def get_max_length(self) -> int:
         """No maximum."""

@@ -8,15 +8,28 @@ any place, there is nothing to undo.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-__all__ = ["Operation", "StateLayer", "check_rows", "row_numbers"]
+__all__ = ["Operation", "StateLayer", "block_size", "check_rows", "nbytes_per_token", "row_numbers"]
 
-State = TypeVar("State")
+
+class LayerState(Protocol):
+    """What every state of a layer has."""
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen, padding included."""
+
+    @property
+    def nbytes_per_token(self) -> int:
+        """Bytes of an exact key and value."""
+
+
+State = TypeVar("State", bound=LayerState)
 
 
 class Operation:
@@ -99,9 +112,14 @@ class StateLayer(CacheLayerMixin, Generic[State]):
     def nbytes(self) -> int:
         """Bytes held."""
 
-    @abstractmethod
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of all keys and values seen."""
+        return self.state.seen * self.state.nbytes_per_token
+
     def get_seq_length(self, *args: Any) -> int:
         """Tokens seen, padding included: positions follow it, not what is held."""
+        return self.state.seen
 
     def to_remove(self, max_length: int) -> int:
         """Tokens that ``crop(max_length)`` removes: ``-n`` is n; older releases pass the length to keep."""
@@ -146,6 +164,17 @@ class StateLayer(CacheLayerMixin, Generic[State]):
         raise NotImplementedError("a SubGenCache is not offloaded: it is small enough to stay on the device")
 
     prefetch = offload
+
+
+def block_size(query_length: Any) -> int:
+    """Return the number of new tokens; releases of transformers before 5 pass their positions."""
+    size: int = query_length if isinstance(query_length, int) else query_length.shape[0]
+    return size
+
+
+def nbytes_per_token(*arrays: Tensor) -> int:
+    """Count the bytes that keys and values take for each token."""
+    return sum(x[:, :, :1].nbytes for x in arrays)
 
 
 def check_rows(held: int, rows: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._call import Call
-from ._operation import StateLayer, check_rows
+from ._operation import StateLayer, block_size, check_rows, nbytes_per_token
 
 __all__ = ["WindowLayer"]
 
@@ -78,9 +78,7 @@ class WindowLayer(StateLayer[_Held]):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens to this layer alone; a cache calls `take`."""
-        call = Call([self], guarded=False)
-        call.next = 1
-        return self.take(key_states, value_states, call)
+        return self.take(key_states, value_states, Call.alone(self))
 
     def take(self, key_states: Tensor, value_states: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Append tokens; return the keys and values that they see."""
@@ -92,7 +90,7 @@ class WindowLayer(StateLayer[_Held]):
             check_rows(self.rows, int(keys.shape[0]))
             keys, values = torch.cat([held.keys, keys], dim=-2), torch.cat([held.values, values], dim=-2)
         size = int(key_states.shape[2])
-        full = _Held(keys, values, held.seen + size, sum(_nbytes(x) // (x.shape[2] or 1) for x in (keys, values)))
+        full = _Held(keys, values, held.seen + size, nbytes_per_token(keys, values))
         more = 2 * self.rollback if self.record_past else 0
         call.propose(self, full.last(self.sliding_window - 1 + more))
         seen = full.last(self.sliding_window - 1 + size)
@@ -130,29 +128,15 @@ class WindowLayer(StateLayer[_Held]):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(_nbytes(x) for x in (self.state.keys, self.state.values) if x is not None)
-
-    @property
-    def exact_nbytes(self) -> int:
-        """Bytes of all keys and values seen."""
-        return self.state.seen * self.state.nbytes_per_token
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Tokens seen, padding included."""
-        return self.state.seen
+        return sum(x.nbytes for x in (self.state.keys, self.state.values) if x is not None)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Length and offset of the mask; releases before 5 pass the positions of the new tokens."""
-        size = query_length if isinstance(query_length, int) else query_length.shape[0]
+        """Length and offset of the mask."""
         seen, behind = self.state.seen, self.sliding_window - 1
-        return min(seen, behind) + size, max(seen - behind, 0)
+        return min(seen, behind) + block_size(query_length), max(seen - behind, 0)
 
     def get_max_length(self) -> int:
         """The window."""
         return self.sliding_window
 
     get_max_cache_shape = get_max_length
-
-
-def _nbytes(x: Tensor) -> int:
-    return int(x.numel() * x.element_size())
