@@ -86,26 +86,14 @@ def absorb_by_loops(held: Means, exact: Exact, told: Absorption, ops: Any) -> Ab
 def _absorb_one(
     own: slice, held: Means, exact: Exact, told: Absorption, ops: Any, written: tuple[NDArray[Any], ...]
 ) -> None:
-    """Do for one stream, in the dtype to compute in, what loops do but for numbers that are beyond them."""
-    held, exact, written = held.each(lambda x: x[own]), exact.each(lambda x: x[own]), tuple(x[own] for x in written)
-    keys, values, counts, spread, importance, nearest, codes, scales, moved = written
-    most, leave, sink = counts.shape[1], told.leave, exact.sink
-    pool, unit = ops.collect(held, *exact.window, leave, told.weight)
-    metric = ops.query_moment(exact.window[0], exact.queries, exact.asked, told.scale)
-    merged, moved[:] = ops.merge_closest(pool, metric, unit, most, most)
-    for new, means, tokens in ((keys, merged.keys, exact.keys), (values, merged.values, exact.values)):
-        new[:, :most], new[:, most : most + sink] = means, tokens[:, :sink]
-        _move_up(new[:, most + sink :], tokens[:, sink:], leave)
-    counts[:], spread[:], importance[:] = merged.counts, merged.spread, merged.importance
-    if merged.nearest is not None:
-        nearest[:] = merged.nearest
-    _move_up(codes, exact.queries.codes, leave)
-    _move_up(scales, exact.queries.scales, leave)
-
-
-def _move_up(to: NDArray[Any], x: NDArray[Any], leave: int) -> None:
-    """Leave out the first tokens; zeros come behind the last."""
-    to[:, : x.shape[1] - leave], to[:, x.shape[1] - leave :] = x[:, leave:], 0
+    """Absorb in one stream by the portable steps, in the dtype to compute in, and write what loops would."""
+    plain = replace(told, coded=False)  # all streams are rounded together, later
+    done = absorbing.absorb(held.each(lambda x: x[own]), exact.each(lambda x: x[own]), plain, ops)
+    new = done.settled
+    results = (new.keys, new.values, done.counts, new.spread, new.importance, done.nearest)
+    for to, x in zip(written, (*results, new.queries.codes, new.queries.scales, done.moved), strict=True):
+        if x is not None:
+            to[own] = x
 
 
 def _in_wide(means: Means, wide: Any) -> Means:
