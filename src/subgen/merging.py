@@ -215,17 +215,11 @@ def _lossy(norms: Array, cross: Array, live: Array) -> Array:
     A few clusters, evenly spaced, stand for all.
     """
     xp, n = array_namespace(norms), norms.shape[1]
-    rows = list(range(0, n, -(-n // SAMPLED))) if n else []
-    if not rows:
-        return xp.any(live, axis=-1)
-    lost, counted = [], []
-    for i in rows:
-        sums = norms[:, i : i + 1] + norms
-        other = live & (positions(n, norms) != i)[None, :]
-        near = other & (sums - cross[:, i, :] < DIGITS * sums)
-        lost.append(xp.any(near, axis=-1) & live[:, i])
-        counted.append(live[:, i])
-    lost, counted = (xp.sum(xp.astype(xp.stack(x, axis=0), xp.int64), axis=0) for x in (lost, counted))
+    rows, index = slice(None, None, max(1, -(-n // SAMPLED))), positions(n, norms)
+    sums = norms[:, rows, None] + norms[:, None, :]
+    others = live[:, None, :] & (index[rows, None] != index[None, :])[None, :, :]
+    lost = live[:, rows] & xp.any(others & (sums - cross[:, rows, :] < DIGITS * sums), axis=-1)
+    lost, counted = (xp.sum(xp.astype(x, xp.int64), axis=-1) for x in (lost, live[:, rows]))
     return 2 * lost > counted
 
 
