@@ -20,7 +20,7 @@ from ._memory import pieces
 from .backends import operations_for
 from .baselines import RIVALS, Answers, Compress, Prefix, exact
 from .budget import Budget, Bytes, Fixed
-from .files import Capture
+from .files import Capture, check_capture
 from .means import ClusterMeans, MeansState, Storage
 from .report import relative_error
 from .weighted import join_rows, merge_attention, weighted_attention
@@ -223,12 +223,7 @@ def compare(
     >>> bool(result.error[1, 0] < result.error[0, 0] < 1)
     True
     """
-    if not isinstance(capture, Capture):
-        raise TypeError(
-            f"capture must be a subgen.files.Capture, got {type(capture).__name__}: read one by "
-            f"subgen.files.read_capture, or make it of arrays, Capture(q, k, v)"
-        )
-    capture = capture.check()
+    capture = check_capture(capture)
     chosen = _chosen(methods)
     budgets = tuple(check_real("a budget", budget, minimum=0.0, strict=True, maximum=1.0) for budget in budgets)
     if not budgets:

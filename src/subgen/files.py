@@ -26,6 +26,7 @@ __all__ = [
     "Capture",
     "FileError",
     "as_path",
+    "check_capture",
     "existing_file",
     "from_bfloat16",
     "read_capture",
@@ -64,23 +65,30 @@ class Capture:
     k: NDArray[Any]
     v: NDArray[Any]
 
-    def check(self) -> Capture:
-        """Return the same in native-endian arrays, if they are a capture.
 
-        Raises
-        ------
-        TypeError, ValueError
-            If one is no NumPy array, or shapes, dtypes or numbers are not as `read_capture` gives them.
-        """
-        check_numpy("a capture", q=self.q, k=self.k, v=self.v)
-        k, v = check_block(self.k, self.v)
-        q = check_groups(self.q, k)
-        if q.ndim != 3 or q.shape[1] != k.shape[1]:
-            raise ValueError(
-                f"a capture has a query for each token, q (q_streams, n, head_dim) and k (streams, n, head_dim): got "
-                f"{q.shape} and {k.shape}"
-            )
-        return Capture(q, k, v)
+def check_capture(capture: Any) -> Capture:
+    """Return a capture in native-endian arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not a capture, an array is not NumPy's, or shapes, dtypes or numbers are not as `read_capture` gives
+        them.
+    """
+    if not isinstance(capture, Capture):
+        raise TypeError(
+            f"capture must be a subgen.files.Capture, got {type(capture).__name__}: read one by "
+            f"subgen.files.read_capture, or make it of arrays, Capture(q, k, v)"
+        )
+    check_numpy("a capture", q=capture.q, k=capture.k, v=capture.v)
+    k, v = check_block(capture.k, capture.v)
+    q = check_groups(capture.q, k)
+    if q.ndim != 3 or q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"a capture has a query for each token, q (q_streams, n, head_dim) and k (streams, n, head_dim): got "
+            f"{q.shape} and {k.shape}"
+        )
+    return Capture(q, k, v)
 
 
 def read_capture(path: str | Path) -> Capture:

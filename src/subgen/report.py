@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .exact import attention
-from .files import Capture
+from .files import Capture, check_capture
 from .sketch import AttentionSketch
 
 __all__ = ["Report", "relative_error", "stream_capture"]
@@ -93,12 +93,7 @@ def stream_capture(
     """
     if not isinstance(sketch, AttentionSketch):
         raise TypeError(f"sketch must be an AttentionSketch, got {type(sketch).__name__}")
-    if not isinstance(capture, Capture):
-        raise TypeError(
-            f"capture must be a subgen.files.Capture, got {type(capture).__name__}: read one by "
-            f"subgen.files.read_capture, or make it of arrays, Capture(q, k, v)"
-        )
-    capture = capture.check()
+    capture = check_capture(capture)
     if sketch.n_seen:
         raise ValueError(f"the sketch has seen {sketch.n_seen} tokens already; pass a new one")
     q, k, v = capture.q, capture.k, capture.v
