@@ -57,6 +57,22 @@ def answers(q: Any, k: Any, v: Any, **parameters: Any) -> list[Any]:
     return [stepped, sketch.attend(q), paper.attend(q), attention(q, k, v, causal=True)]
 
 
+def assert_refused(keys: Any, values: Any, bad: Any, message: str) -> None:
+    """Every call refuses an array in words, and a sketch of good ones is left unchanged."""
+    sketch = AttentionSketch(9, window=8)
+    sketch.update(keys, values)
+    state = sketch.state
+    with pytest.raises(TypeError, match=message):
+        sketch.update(bad, bad)
+    with pytest.raises(TypeError, match=message.replace("keys", "queries")):
+        sketch.attend(bad)
+    with pytest.raises(TypeError, match=message):
+        sketch.step(bad, bad, bad)
+    with pytest.raises(TypeError, match=message):
+        attention(bad, bad, bad)
+    assert sketch.state is state
+
+
 class TestNumPy:
     @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
     @pytest.mark.parametrize("form", FORMS)
@@ -112,18 +128,7 @@ class TestNumPy:
     @pytest.mark.filterwarnings("ignore:the matrix subclass")
     def test_what_would_be_misread_is_refused(self, make: Any, message: str) -> None:
         bad = make(KEYS)
-        sketch = AttentionSketch(9, window=8)
-        sketch.update(KEYS, VALUES)
-        state = sketch.state
-        with pytest.raises(TypeError, match=message):
-            sketch.update(bad, bad)
-        with pytest.raises(TypeError, match=message.replace("keys", "queries")):
-            sketch.attend(bad)
-        with pytest.raises(TypeError, match=message):
-            sketch.step(bad, bad, bad)
-        with pytest.raises(TypeError, match=message):
-            attention(bad, bad, bad)
-        assert sketch.state is state
+        assert_refused(KEYS, VALUES, bad, message)
 
     @pytest.mark.skipif(np.dtype(np.longdouble) == np.float64, reason="as wide as float64 here")
     @pytest.mark.parametrize("order", ["=", ">"])
@@ -219,16 +224,7 @@ class TestTorch:
     def test_what_would_be_misread_is_refused(self, torch: Any, make: Any, message: str) -> None:
         good = torch.asarray(KEYS)
         bad = make(torch, good)
-        sketch = AttentionSketch(9, window=8)
-        sketch.update(good, good)
-        state = sketch.state
-        with pytest.raises(TypeError, match=message):
-            sketch.update(bad, bad)
-        with pytest.raises(TypeError, match=message.replace("keys", "queries")):
-            sketch.attend(bad)
-        with pytest.raises(TypeError, match=message):
-            attention(bad, bad, bad)
-        assert sketch.state is state
+        assert_refused(good, good, bad, message)
 
     @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -24,6 +24,10 @@ T = TypeVar("T")
 _NO_CONTEXT: AbstractContextManager[object] = nullcontext()
 
 _NO_VALUES = "and a sketch chooses by values, which are not computed yet"
+_UNNEST = (
+    "keep a sketch for each of {name}.unbind(), or pad them by torch.nested.to_padded_tensor and give each length its "
+    "own"
+)
 _ALL_VALUES = "and a sketch reads every number: leave masked tokens out, or fill them"
 
 # By type, as a single token asks three times. Types that are refused are not remembered.
@@ -140,8 +144,7 @@ def _torch_converter(name: str, x: Any) -> Callable[[str, Any], Array]:
     words = {
         "DTensor": f"sharded over ranks: pass {name}.full_tensor(), or keep a sketch of {name}.to_local() on each rank "
         "and answer by subgen_torch.distributed.attend",
-        "NestedTensor": f"nested: keep a sketch for each of {name}.unbind(), or pad them by "
-        "torch.nested.to_padded_tensor and give each length its own",
+        "NestedTensor": f"nested: {_UNNEST.format(name=name)}",
         "FakeTensor": f"of FakeTensorMode or torch.export, {_NO_VALUES}: call subgen outside",
         "FunctionalTensor": f"of torch.export, {_NO_VALUES}: call subgen outside",
         "AsyncCollectiveTensor": f"not received yet: pass {name}.wait()",
@@ -172,10 +175,7 @@ def _plain_torch(strided: object, name: str, x: Any) -> Array:
 
 def _torch_words(name: str, x: Any) -> str:
     if x.is_nested:
-        return (
-            f"is a nested tensor: keep a sketch for each of {name}.unbind(), or pad them by "
-            f"torch.nested.to_padded_tensor and give each length its own"
-        )
+        return f"is a nested tensor: {_UNNEST.format(name=name)}"
     if x.is_meta:
         return "is a tensor of the meta device, which holds no values: make it on a device, such as cpu or cuda"
     if str(x.layout) != "torch.strided":
