@@ -1,4 +1,4 @@
-"""Memory of a call beside its arguments, its result and the sketch: bounded, whatever the shapes."""
+"""Memory of a call besides its arguments, its result and the sketch: bounded, whatever the shapes."""
 
 from __future__ import annotations
 

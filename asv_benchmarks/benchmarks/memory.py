@@ -1,7 +1,7 @@
-"""Peak bytes of one call beside its arguments and the sketch, over the length of the block and the number of clusters.
+"""Peak bytes of one call, without its arguments and the sketch, by length of the block and number of clusters.
 
 docs/howto/numpy.md states the bound, which depends on neither. `tracemalloc` counts the arrays of NumPy, not those of
-compiled loops: `peakmem_call` measures the process as well, beside one that makes the arguments alone.
+compiled loops: `peakmem_call` measures the process as well, and `peakmem_arguments` one that only makes the arguments.
 """
 
 from __future__ import annotations

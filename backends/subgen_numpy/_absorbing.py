@@ -1,7 +1,7 @@
 """Half a window joins the clusters in compiled loops, streams in threads: what a stream holds stays in the cache.
 
-Streams whose numbers are beyond the loops are done one after the other, step by step: the others are none the wiser.
-Where numba and SciPy are not installed it is `subgen.absorbing` that does it.
+Streams whose numbers are beyond the loops go through the portable steps one by one; the others are unaffected.
+Where numba and SciPy are not installed, `subgen.absorbing` runs.
 """
 
 from __future__ import annotations

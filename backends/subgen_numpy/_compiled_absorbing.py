@@ -331,7 +331,7 @@ def _find_halves(points: Any, importance: Any, half: Any) -> bool:
 
 @njit(**OPTIONS)
 def _find_compared(remembered: Any, surplus: int, new: Any, nearest: Any) -> int:
-    """Find how many clusters are compared with all others, which, and whom the others remember; see `choose`."""
+    """Count the clusters that are compared with all others; write them, and cached neighbours of the rest."""
     n, m = remembered.size, 0
     for i in range(n):
         if remembered[i] < 0:

@@ -23,8 +23,8 @@ _WORTH_A_THREAD = 2**19
 def quantize(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither | None = None) -> Codes:
     """Round vectors to 8 bits; see `subgen.rounding.quantize`.
 
-    Rounded to nearest, the largest number gets its code without being told, but for scales near the end of the dtype:
-    vectors with such scales are rounded by themselves.
+    Rounded to nearest, the largest number gets its code by itself, except for scales near the end of the dtype: vectors
+    with such scales are rounded separately.
     """
     if uniform is not None:
         if x.size and x.dtype.itemsize >= 4 and compiled("rounding"):

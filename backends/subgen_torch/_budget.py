@@ -62,7 +62,7 @@ class Budget:
         window = min(self.window, max(2, (pairs - self.sink) // 6))
         clusters = pairs - self.sink - window
         if clusters < _FEWEST:
-            # A cluster of one is its token, unless it is stored in 8 bits: the window never is.
+            # A cluster of one is its token, unless it is stored in int8, as the window never is.
             window = self.window if self.storage == "input" else max(self.window, first + self.window // 2)
             return window, max(_FEWEST, first)
         if self.storage == "int8":

@@ -129,7 +129,7 @@ class Calls:
         return self._succeeded + (self._current is not None and self._current.operation.finished)
 
     def forget(self) -> None:
-        """Start anew: for a cache that is reset."""
+        """Drop the current pass and its counts: the cache is reset."""
         if self._current is not None:
             self._current.abandon()
         self._current, self._guard, self._succeeded = None, None, 0

@@ -32,7 +32,7 @@ class Dtypes:
     def of(queries: Tensor, keys: Tensor, values: Tensor, before: Dtypes | None) -> Dtypes:
         """Return the dtypes of a call; ``before`` are those of the calls before it.
 
-        Under autocast it is answered as PyTorch's attention would: in the dtype of autocast, but for float64. Without
+        Under autocast it is answered as by PyTorch's attention: in the dtype of autocast, except float64. Without
         autocast mixed dtypes are promoted.
 
         Raises

@@ -14,7 +14,7 @@ from ._families import refuse_model
 
 __all__ = ["NAME", "disable", "enable"]
 
-#: Under which transformers knows the attention.
+#: The attention's name in transformers.
 NAME = "subgen"
 
 
@@ -22,7 +22,7 @@ def enable(model: Any) -> None:
     """Switch a model's attention to "subgen": plain attention, until it is given a `SubGenCache`.
 
     All parts of a model of several (vision, audio, text) are switched; the plain attention is transformers' "sdpa".
-    Two hooks on the model tell a SubGenCache when a forward pass begins and has succeeded.
+    Two hooks on the model notify a SubGenCache when a forward pass begins and when it has succeeded.
 
     Parameters
     ----------

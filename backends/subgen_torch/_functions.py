@@ -32,7 +32,7 @@ _UNSUPPORTED_BY_SKETCHES = {
 
 
 class SketchLength(int):
-    """The number of tokens behind a mask, where they are in a sketch: `subgen_mask` knows a `SubGenCache` by it."""
+    """The number of tokens behind a mask, where they are in a sketch; `subgen_mask` recognises one by it."""
 
 
 def subgen_mask(batch_size: int, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -29,13 +29,13 @@ class _State:
     Attributes
     ----------
     lanes : Lanes
-        Nothing changes them: they are copied before they absorb.
+        Never changed: a copy absorbs.
     seen : int
         Tokens, padding included.
     tail : Tail or None
         The last tokens, where they can be taken back.
     scale : float or None
-        Factor of the logits; ``None`` before the first token, as are the dtypes.
+        Softmax scale; ``None`` before the first token, as are the dtypes.
     dtypes : Dtypes or None
     nbytes_per_token : int
         Of exact keys and values.
@@ -114,7 +114,7 @@ class SubGenLayer(StateLayer[_State]):
         Raises
         ------
         TypeError, ValueError
-            If the rows or the mask are not those of this stream, or the factor or the dtype changed.
+            If the rows or the mask are not those of this stream, or the scale or the dtype changed.
         """
         held = self.state
         size = int(keys.shape[2])

@@ -59,7 +59,7 @@ class Tail:
     def take_back(self, tokens: int, scale: float) -> tuple[Lanes, Tail]:
         """Return the state without the last tokens, and the tail of those that stay.
 
-        The factor of the logits is for rows whose first tokens are among them.
+        The softmax scale is for rows whose first tokens are among them.
         """
         keep, kept = self.size - tokens, []
         for block in self.blocks:

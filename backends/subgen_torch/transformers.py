@@ -209,7 +209,7 @@ class SubGenCache(Cache):
         Raises
         ------
         ValueError
-            If a layer cannot take back as many. The cache is as it was.
+            If a layer cannot take back as many. The cache is unchanged.
         """
         self._replace([layer.cropped(layer.to_remove(max_length)) for layer in self.layers])
 
@@ -223,7 +223,7 @@ class SubGenCache(Cache):
         Raises
         ------
         IndexError
-            If a row is not in the batch. The cache is as it was.
+            If a row is not in the batch. The cache is unchanged.
         """
         rows = row_numbers(indices, self.layers[0].rows)  # once for all layers, as it waits for the device
         self._select(rows)

@@ -94,7 +94,7 @@ _FLOATING = ("float16", "bfloat16", "float32", "float64")
 def is_floating(dtype: Any, xp: Namespace) -> bool:
     """Whether streams may have a dtype: one of 16 to 64 bits that the library computes with, as with real numbers.
 
-    Remembered, as every token asks thrice.
+    Cached, as each token needs it three times.
     """
     if dtype_name(dtype) not in _FLOATING:
         return False

@@ -1,4 +1,4 @@
-"""Putting a file in place in one step: whole or not at all, with the access that others had."""
+"""Replace a file in one step, whole or not at all, and keep its access rights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST_NAME = 200
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, wait for the disk, and move it there: a crash leaves the old one, or the new.
+    """Write a temporary file in the same folder, sync it, and move it in place: a crash leaves the old file or the new.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _regular(target: Path) -> os.stat_result | None:
-    """Return what there is of a regular file, or None if there is nothing."""
+    """Return the status of a regular file, or None if there is no file."""
     try:
         found = os.lstat(target)
     except FileNotFoundError:

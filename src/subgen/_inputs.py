@@ -30,7 +30,7 @@ _UNNEST = (
 )
 _ALL_VALUES = "and a sketch reads every number: leave masked tokens out, or fill them"
 
-# By type, as a single token asks three times. Types that are refused are not remembered.
+# By type, as a single token needs three. Types that are refused are not cached.
 _converters: dict[type, Callable[[str, Any], Array]] = {}
 _libraries: dict[type, str] = {}
 
@@ -244,7 +244,7 @@ def outside_modes(function: Callable[P, T]) -> Callable[P, T]:
             if _library(x) == "torch":
                 context = autocast_off(x)
                 break
-        # NumPy may be told to raise where a weight of attention underflows to zero, as it should.
+        # NumPy may be set to raise where a weight of attention underflows to zero, as it should.
         with np.errstate(under="ignore"), context:
             return run(*args, **kwargs)
 

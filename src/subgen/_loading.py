@@ -1,8 +1,8 @@
-"""What is loaded or compiled at a first call, so that a fork in another thread, or Ctrl-C, finds nothing half done.
+"""Load and compile at a first call, so that a fork in another thread, or Ctrl-C, leaves nothing half done.
 
-- A fork waits until it is done. The child has no thread that would ever release what other threads held: the locks of
-  imports, of numba and of LLVM.
-- The main thread lets another do it, and Ctrl-C interrupts it while it waits. Raised inside numba, an interrupt would
+- A fork waits until it is done. In the child no thread is left to release the locks of imports, of numba and of LLVM
+  that other threads held.
+- Another thread does it, and Ctrl-C interrupts the main thread while it waits. Raised inside numba, an interrupt would
   be reported as an error of the compiler, and might leave it in a state in which nothing compiles any more.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 __all__ = ["LOADING", "apart"]
 
 # Seconds that a fork waits for a lock: several times as long as it takes to compile.
-_PATIENCE = 300.0
+_TIMEOUT = 300.0
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,7 @@ def apart(function: Callable[..., Result], *given: Any) -> Result:
     *given
         Its arguments.
     """
-    if threading.current_thread() is not threading.main_thread() or _is_own(LOADING):
+    if threading.current_thread() is not threading.main_thread() or LOADING._is_owned():  # type: ignore[attr-defined]
         return function(*given)
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -63,35 +63,28 @@ def apart(function: Callable[..., Result], *given: Any) -> Result:
     return results[0]
 
 
-def _is_own(lock: Any) -> bool:
-    return bool(lock._is_owned())
-
-
 def _locks() -> Iterator[Any]:
-    """Give the locks that a fork waits for, in the order in which a thread takes them.
-
-    Those of numba and of LLVM after ours: who loads numba here holds it.
-    """
+    """Iterate over the locks that a fork waits for, in the order in which a thread takes them: ours first."""
     yield LOADING
     compiler, llvm = (sys.modules.get(name) for name in ("numba.core.compiler_lock", "llvmlite.binding.ffi"))
     yield getattr(getattr(compiler, "global_compiler_lock", None), "_lock", None)
     yield getattr(getattr(getattr(llvm, "lib", None), "_lock", None), "_lock", None)
 
 
-# Those that the thread holds that forks.
-_own = threading.local()
+# Locks that the forking thread holds.
+_forking = threading.local()
 
 
 def _hold() -> None:
-    _own.held = []
+    _forking.locks = []
     for lock in _locks():
-        if lock is not None and lock.acquire(timeout=_PATIENCE):
-            _own.held.append(lock)
+        if lock is not None and lock.acquire(timeout=_TIMEOUT):
+            _forking.locks.append(lock)
 
 
 def _release() -> None:
-    while _own.held:
-        _own.held.pop().release()
+    while _forking.locks:
+        _forking.locks.pop().release()
 
 
 if hasattr(os, "register_at_fork"):

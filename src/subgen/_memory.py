@@ -1,4 +1,4 @@
-"""How much memory a call takes beside its arguments, its result and the sketch: one bound, kept in one place.
+"""Bound the temporary memory of a call: what it takes besides its arguments, its result and the sketch.
 
 Whatever grows with the product of two sizes (logits of queries and pairs, distances of tokens and leaders) is computed
 in pieces of at most `transient_limit` numbers. An array of a piece takes 16 MiB in float32 on a CPU, and at most eight

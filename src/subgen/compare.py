@@ -210,8 +210,8 @@ def compare(
     Raises
     ------
     TypeError, ValueError
-        If the capture is none, a method is unknown, the prefix leaves no token to answer, a budget cannot hold sinks
-        and window, or an argument is out of bounds.
+        If the capture is not a Capture, a method is unknown, the prefix leaves no token to answer, a budget cannot hold
+        sinks and window, or an argument is out of bounds.
 
     Examples
     --------

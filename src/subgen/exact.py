@@ -46,7 +46,7 @@ def attention(
     Raises
     ------
     TypeError
-        If an argument is no array of such a dtype, or one that would be misread (masked, sparse, lazy, traced,
+        If an argument is not an array of such a dtype, or is one that would be misread (masked, sparse, lazy, traced,
         sharded, ...), or if library, dtype or device differ.
     ValueError
         If shapes do not fit, a block is empty, a number is NaN or infinite, or ``causal`` with ``m > n``.

@@ -57,7 +57,7 @@ def merge(*sketches: AttentionSketch) -> AttentionSketch:
     Raises
     ------
     TypeError
-        If one is no sketch, there are fewer than two, or arrays are of another library, dtype or device.
+        If one is not a sketch, there are fewer than two, or arrays are of another library, dtype or device.
     ValueError
         If they differ in method, parameters or shapes.
     OverflowError

@@ -89,7 +89,7 @@ def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
         If the file is missing, cannot be read, is cut short, altered, foreign or of a newer version, or holds
         bfloat16, which NumPy has no dtype for, and no ``like`` was given.
     TypeError
-        If ``like`` is no array of a dtype that sketches compute with.
+        If ``like`` is not an array of a dtype that sketches compute with.
     MemoryError
         If memory does not suffice.
 

@@ -87,7 +87,7 @@ def stream_capture(
     Raises
     ------
     TypeError
-        If the sketch or the capture is none.
+        If the sketch is not an AttentionSketch or the capture not a Capture.
     ValueError
         If the sketch has seen tokens already, or the arrays of the capture do not fit.
     """

@@ -33,7 +33,7 @@ __all__ = [
     "weighted_rounds",
 ]
 
-# A slot that is next replaced at this count times 2**DRAW_BITS never is: no stream is that long.
+# A slot whose next replacement is at this count times 2**DRAW_BITS is never replaced: no stream is that long.
 _NEVER = (MOST_TOKENS + 1) >> DRAW_BITS
 
 
@@ -74,7 +74,7 @@ def _draw(
 ) -> Array:
     """Draw for the slots that are hit, zero elsewhere: encrypting only the few that need it.
 
-    With ``use`` it is what that makes of the numbers and what was drawn.
+    With ``use``, return its results for the numbers and the draws instead of the draws.
     """
     xp = array_namespace(hit)
     flat = xp.reshape(hit, (-1,))

@@ -349,7 +349,7 @@ class AttentionSketch:
         subgen.files.FileError
             If the ending is another, the file cannot be written, or safetensors is not installed.
         TypeError
-            If the path is none.
+            If the path is not a str or a path.
 
         Notes
         -----
@@ -379,7 +379,7 @@ class AttentionSketch:
         TypeError, ValueError
             As in `attention`, or if the block does not continue the stream. The sketch is then as it was.
         OverflowError
-            If the stream would be longer than ``2**62 - 1`` tokens. The sketch is then as it was.
+            If the stream would be longer than ``2**62 - 1`` tokens. The sketch is then unchanged.
 
         Notes
         -----
