@@ -69,6 +69,10 @@ class Capture:
 def check_capture(capture: Any) -> Capture:
     """Return a capture in native-endian arrays.
 
+    Parameters
+    ----------
+    capture : Capture
+
     Raises
     ------
     TypeError, ValueError
@@ -155,7 +159,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Put a file in place in one step; see `subgen._disk.replace_file`.
+    """Put a file in place in one step; see ``subgen._disk.replace_file``.
 
     Parameters
     ----------
@@ -210,7 +214,17 @@ def existing_file(path: str | Path, expected: str) -> Path:
 
 
 def as_path(path: Any) -> Path:
-    """Return a path as one of pathlib, or raise a TypeError."""
+    """Return a path as one of pathlib.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a str or a pathlib.Path, got {type(path).__name__}")
     return Path(path)

@@ -252,7 +252,7 @@ def merge_closest(
     Notes
     -----
     Where something has to merge, the costs of all pairs of a stream are held at once. Streams take turns where those of
-    all together are beyond `subgen._memory.transient_limit`.
+    all together are beyond ``subgen._memory.transient_limit``.
     """
     streams, n = means.counts.shape
     xp = array_namespace(means.counts)

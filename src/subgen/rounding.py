@@ -139,7 +139,7 @@ def round_roots(x: Array, dtype: object, uniform: Dither) -> Array:
 def from_roots(x: Array, dtype: object) -> Array:
     """Return the numbers that `round_roots` stored, in a dtype of 32 bits or more.
 
-    Roots of more than `LARGEST_ROOT`, of which bfloat16 has some and float16 none, count as that.
+    Roots of more than ``LARGEST_ROOT``, of which bfloat16 has some and float16 none, count as that.
     """
     xp = array_namespace(x)
     bits = finfo(x.dtype, xp).bits
@@ -217,5 +217,5 @@ def dequantize(codes: Codes, dtype: object) -> Array:
 
 
 def scale_unit(dtype: object, xp: Namespace) -> float:
-    """Return the unit of scales of a dtype: `SCALE_UNIT` in 16 bits, 1 in more."""
+    """Return the unit of scales of a dtype: ``SCALE_UNIT`` in 16 bits, 1 in more."""
     return SCALE_UNIT if finfo(dtype, xp).bits <= 16 else 1.0

@@ -171,14 +171,14 @@ def next_count(counts: Array, drawn: Array) -> Array:
     Parameters
     ----------
     counts : int64 array
-        Up to `subgen._checks.MOST_TOKENS`.
+        Up to ``subgen._checks.MOST_TOKENS``.
     drawn : int64 array
         From `subgen.counter.draws`.
 
     Returns
     -------
     int64 array
-        Exact up to `subgen._checks.MOST_TOKENS`, and some number above that where it is larger.
+        Exact up to ``subgen._checks.MOST_TOKENS``, and some number above that where it is larger.
     """
     # Division in two steps: counts * 2**DRAW_BITS takes more than 64 bits from 2**38 tokens on.
     whole = counts // drawn
@@ -199,7 +199,7 @@ def drawn_places(counts: Array, drawn: Array) -> Array:
     Parameters
     ----------
     counts : int64 array
-        Up to `subgen._checks.MOST_TOKENS`.
+        Up to ``subgen._checks.MOST_TOKENS``.
     drawn : int64 array
         From `subgen.counter.draws`.
 
