@@ -57,7 +57,7 @@ numpydoc_validation_exclude = {
     r"subgen\.(tail|paper|state|clustering|sampling|counter|weighted|baselines\.\w+)\.",
     # Results, whose fields stand under "Attributes"; and constants, whose docstring is no attribute of theirs.
     r"subgen\.(plan\.\w+|compare\.Comparison|baselines\.Rival|backends\.Operations|files\.Capture|report\.Report)$",
-    r"subgen\.sketch\.Layout$",
+    r"subgen\.sketch\.(Layout|Checked)$",
     r"subgen\.theory\.(MassBounds|SampleSizes)$",
     r"\.(CacheReport|LayerReport)$",
     r"\.(PORTABLE|RIVALS|METHODS)$",
