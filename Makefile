@@ -1,6 +1,6 @@
-# One command each: demo, test, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, shards, drift, examples;
-# fuzz, kills and soak, which take long; and test-gpu, sanitize-gpu and bench-gpu where there is a GPU. Every target makes
-# its environment first, but those three: they run in one that has CuPy, see docs/howto/gpu.md.
+# One command each: demo, test, test-slow, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, shards, drift, examples;
+# fuzz, crash-test and soak, which take long; and test-gpu, sanitize-gpu and bench-gpu where there is a GPU. Every target
+# makes its environment first, but those three: they run in one that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,26 +11,29 @@ export OPENBLAS_NUM_THREADS ?= 1
 # Releases of transformers that the tests pass on; `make test` uses the newest.
 TRANSFORMERS ?= 4.57.6 5.0.0 5.5.0 5.23.0 5.24.0
 # kvpress needs transformers below 5.3, and has its own environment.
-RIVALS := .venv-rivals
+BASELINES := .venv-baselines
 # The site's environment and where it is built.
 DOCS := .venv-docs
 SITE := build/docs
 PORT ?= 8000
 
-.PHONY: demo test test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream shards drift \
-  fuzz kills soak examples examples-rivals test-gpu sanitize-gpu bench-gpu clean
+.PHONY: demo test test-slow test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream shards drift \
+  fuzz crash-test soak examples examples-baselines test-gpu sanitize-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# What takes minutes: kernels compiled for every architecture, every barrier left out, pages run, JAX.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.done)
 	@for version in $(TRANSFORMERS); do \
 	  echo "transformers $$version"; \
-	  .venv-transformers-$$version/bin/python -m pytest -q tests/test_transformers.py tests/test_transformers_caches.py \
-	    tests/test_transformers_refusals.py || exit 1; \
+	  .venv-transformers-$$version/bin/python -m pytest -q tests/torch_backend/test_transformers*.py || exit 1; \
 	done
 
 lint: $(VENV)/.test
@@ -82,35 +85,34 @@ drift: $(VENV)/.demo
 INPUTS ?= 100000
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz.py --inputs $(INPUTS)
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/test_stateful.py tests/test_persist.py \
-	  tests/test_transformers_refusals.py
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/core/test_stateful.py tests/core/test_persist.py \
+	  tests/torch_backend/test_transformers_refusals.py
 
 # A process that saves, killed as often as KILLS.
 KILLS ?= 1000
-kills: $(VENV)/.test
-	$(BIN)/python tests/kills.py kill --times $(KILLS)
+crash-test: $(VENV)/.test
+	$(BIN)/python tests/crash_test.py kill --times $(KILLS)
 
 # Ten million tokens: memory, drift and error must not grow.
 soak: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/drift.py --tokens 10000000 --rows 10 --streams 1 --window 512
 
 examples: $(VENV)/.test
-	$(BIN)/python examples/generate.py --rivals build/rivals.json --plot build/generate.png
+	$(BIN)/python examples/generate.py --baselines build/baselines.json --plot build/generate.png
 
-examples-rivals: $(RIVALS)/.done
-	$(RIVALS)/bin/python examples/rivals.py --out build/rivals.json
+examples-baselines: $(BASELINES)/.done
+	$(BASELINES)/bin/python examples/baselines.py --out build/baselines.json
 
 # Warnings of whatever releases are there are no errors here.
 test-gpu:
-	$(GPU_PYTHON) -m pytest -W default -m gpu tests/test_cuda_kernels.py tests/test_cuda_decoder.py \
-	  tests/test_cuda_gpu.py
+	$(GPU_PYTHON) -m pytest -W default -m gpu tests/cuda
 
 # Stray accesses, and races in shared memory; takes compute-sanitizer of the CUDA toolkit.
-SANITIZED ?= costs_equal or any_number or taken_in or collected or rounded or leaders_decide or matched
+SANITIZED ?= costs_equal or any_number or appended or gathered or rounded or leaders_decide or matched
 sanitize-gpu:
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(GPU_PYTHON) -m pytest -W default -q -m gpu \
-	    tests/test_cuda_kernels.py -k "$(SANITIZED)" || exit 1; \
+	    tests/cuda -k "$(SANITIZED)" || exit 1; \
 	done
 
 bench-gpu:
@@ -137,11 +139,11 @@ $(VENV)/.test: $(BIN)/python pyproject.toml requirements/torch.txt
 	.venv-transformers-$*/bin/python -m pip install --quiet --disable-pip-version-check transformers==$*
 	@touch $@
 
-$(RIVALS)/.done: $(VENV)/.test
-	$(PYTHON) -m venv $(RIVALS)
+$(BASELINES)/.done: $(VENV)/.test
+	$(PYTHON) -m venv $(BASELINES)
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
-	  > $$($(RIVALS)/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
-	$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check kvpress==0.5.5 "transformers<5.3"
+	  > $$($(BASELINES)/bin/python -c "import site; print(site.getsitepackages()[0])")/borrowed.pth
+	$(BASELINES)/bin/python -m pip install --quiet --disable-pip-version-check kvpress==0.5.5 "transformers<5.3"
 	@touch $@
 
 # The examples on the site read a model, so they need PyTorch and transformers: borrowed, as above.
@@ -153,4 +155,4 @@ $(DOCS)/.done: $(VENV)/.test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-transformers-* $(RIVALS) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-transformers-* $(BASELINES) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Do means in 16 and 8 bits follow a long stream, or stall? Does memory stay? ``make drift`` and ``make soak``.
+"""Do means in 16 bits and int8 follow a long stream, or stall? Does memory stay? ``make drift`` and ``make soak``.
 
 The keys and values of each stream wander, and jump back when it is measured: later tokens are not like earlier ones,
 and what is measured later is of the same kind. Merging keeps the sum of all members, so ``sum of n * mean`` over the
@@ -25,7 +25,9 @@ from rich.progress import track
 from rich.table import Table
 
 import subgen
-from subgen.weighted import merge_attention, weighted_attention
+from subgen.backends import PORTABLE
+from subgen.default.absorb import upcast_clusters
+from subgen.softmax import merge_attention
 
 BLOCK = 10_000
 # Of the root mean square of a value: what dithered rounding may lose, far below the error of merging.
@@ -65,7 +67,7 @@ def run(
         total += np.stack([keys.sum(axis=1, dtype=np.float64), values.sum(axis=1, dtype=np.float64)])
         squares += float((values.astype(np.float64) ** 2).mean()) * BLOCK
         bias = np.zeros((1, 1, BLOCK), np.float32)
-        part = weighted_attention(queries / np.float32(head_dim**0.5), keys, values, bias)
+        part = PORTABLE["weighted_attention"](queries / np.float32(head_dim**0.5), keys, values, bias)
         exact = part if exact is None else merge_attention(exact, part)
         for (dtype, _), sketch in sketches.items():
             sketch.update(keys.astype(dtype), values.astype(dtype))
@@ -82,12 +84,11 @@ def run(
 def _off(sketch: subgen.AttentionSketch, total: Any) -> Any:
     """Largest difference between what is held, times its counts, and the sum of all tokens: of keys and of values."""
     state: Any = sketch.state
-    means = sketch.method.means(state, np.float32)
-    counts = state.counts[..., None].astype(np.float64)
-    written = slice(state.n_means, state.n_means + state.n_exact)
+    clusters, exact = upcast_clusters(state.clusters, np.float32), state.exact
+    counts = clusters.counts[..., None].astype(np.float64)
     kept = [
-        (counts * held).sum(axis=1) + buffer[:, written].sum(axis=1, dtype=np.float64)
-        for held, buffer in ((means.keys, state.keys), (means.values, state.values))
+        (counts * held).sum(axis=1) + tokens[:, : exact.n].sum(axis=1, dtype=np.float64)
+        for held, tokens in ((clusters.keys, exact.keys), (clusters.values, exact.values))
     ]
     return np.abs(np.stack(kept) - total).max(axis=(1, 2))
 

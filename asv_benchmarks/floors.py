@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks._peers import causal_exact, exact_decoders, torch_or_none
 
 from subgen import AttentionSketch
-from subgen.means import COMPARE_ALL
+from subgen.default.algorithm import COMPARE_ALL
 
 # Groups of query heads to a key-value head.
 GROUP = 4
@@ -88,7 +88,7 @@ def per_step(sketches: Sequence[AttentionSketch], data: tuple[Any, Any, Any], st
         token = slice(step % n, step % n + 1)
         for sketch in sketches:
             begin = time.perf_counter()
-            sketch.update(k[:, token], v[:, token], q[:, token])
+            sketch.update(k[:, token], v[:, token], queries=q[:, token])
             sketch.attend(q[:, token])
             times.append(time.perf_counter() - begin)
     return times
@@ -133,12 +133,12 @@ def main() -> None:
     sketches = {}
     for name, make in libraries.items():
         sketches[name] = AttentionSketch(args.clusters, window=args.window, sink=sink)
-        sketches[name].update(*(make(x) for x in (k, v, q)))
+        sketches[name].update(make(k), make(v), queries=make(q))
 
     # Attending over the sketch, beside exact attention over as many pairs as it holds at that moment: layer after layer
     # as a model does, more of them than the cache has room for.
     filled = next(iter(sketches.values())).state
-    held = filled.n_means + filled.n_exact
+    held = filled.clusters.counts.shape[1] + filled.exact.n
     layers = {name: [copy.deepcopy(sketch) for _ in range(args.layers)] for name, sketch in sketches.items()}
     calls: dict[str, list[Callable[[], Any]]] = {}
     for _ in range(args.layers):
@@ -158,12 +158,12 @@ def main() -> None:
         calls[f"sketch {name}"] = [lambda sketch=sketch, query=query: sketch.attend(query) for sketch in layers[name]]
         dtype, narrow = sixteen[name]
         for what, cast, storage in (
-            ("means in 8 bits", lambda x: x, "int8"),
+            ("int8 clusters", lambda x: x, "int8"),
             (dtype, narrow, "input"),
-            (f"{dtype}, means in 8 bits", narrow, "int8"),
+            (f"{dtype}, int8 clusters", narrow, "int8"),
         ):
             sketch = AttentionSketch(args.clusters, window=args.window, sink=sink, storage=storage)
-            sketch.update(*(cast(make(x)) for x in (k, v, q)))
+            sketch.update(cast(make(k)), cast(make(v)), queries=cast(make(q)))
             copies, own = [copy.deepcopy(sketch) for _ in range(args.layers)], cast(query)
             calls[f"sketch {name}, {what}"] = [
                 lambda sketch=sketch, query=own: sketch.attend(query) for sketch in copies
@@ -210,7 +210,7 @@ def main() -> None:
         for name, make in libraries.items():
             block = [make(x) for x in (eighth[1], eighth[2], eighth[0])]
             calls[f"sketch {name} (an eighth of the tokens)"] = [
-                lambda name=name, block=block: sketches[name].update(*block)
+                lambda name=name, block=block: sketches[name].update(*block[:2], queries=block[2])
             ]
         taken = seconds(calls, 3)
         factor = {name: args.heads if name == exact else args.prompt / eighth[1].shape[1] for name in taken}
@@ -232,7 +232,7 @@ def main() -> None:
             for n in sorted(args.flat):
                 while sketch.n_seen < n:
                     few = min(n - sketch.n_seen, block[1].shape[1])
-                    sketch.update(block[1][:, :few], block[2][:, :few], block[0][:, :few])
+                    sketch.update(block[1][:, :few], block[2][:, :few], queries=block[0][:, :few])
                 at[n] = copy.copy(sketch)
             times: dict[int, list[float]] = {n: [] for n in at}
             for _ in range(max(1, 16 * args.steps // passing)):

@@ -33,7 +33,7 @@ LONG = 131072
 #: Batch and tokens of exact attention, and how many times as fast the sketch is to be.
 TARGETS = {(1, LONG): 5, (1, 10**6): 40, (16, LONG): 40, (16, 10**6): 200}
 CACHES_FILLED = 4  # how often the inputs of one timing fill the L2 cache
-TURNS = 8  # of a long block, in a graph that is timed
+STEPS = 8  # of a long block, in a graph that is timed
 
 
 @dataclass
@@ -86,19 +86,27 @@ def decoding_step(cp: Any, batch: int) -> tuple[float, float, int]:
     """Seconds of a step in a graph, seconds of one launched from Python, bytes read."""
     from subgen_cupy import BACKEND, capture
 
-    attend = BACKEND.operations["sketch_attention"]
+    from subgen.default.state import BufferOwner, Clusters, Exact, Quantized, State
+
+    attend = BACKEND.operations["attend"]
     streams, rows = batch * KV_HEADS, QUERY_HEADS // KV_HEADS
-    of_clusters = CLUSTERS * (4 + 4 * BYTES)  # a count and the spread of four bands
+    of_clusters = CLUSTERS * (8 + 4 * BYTES)  # a count and the key variance of four bands
     size = streams * ((CLUSTERS + EXACT) * 2 * HEAD_DIM * BYTES + of_clusters)
     cache = int(cp.cuda.Device().attributes["L2CacheSize"])
     sketches = []
     for _ in range(max(1, math.ceil(CACHES_FILLED * cache / size))):
-        # As a sketch holds them: clusters, exact pairs, and room behind that is not read.
-        pairs = [bfloat16(cp, draw(cp, streams, CLUSTERS + EXACT + ROOM, HEAD_DIM)) for _ in range(2)]
+        # As a sketch holds them: clusters, exact tokens, and free space behind that is not read.
+        means, exact = (
+            [bfloat16(cp, draw(cp, streams, n, HEAD_DIM)) for _ in range(2)] for n in (CLUSTERS, EXACT + ROOM)
+        )
         counts = cp.random.randint(1, 1000, size=(streams, CLUSTERS)).astype(cp.int64)
-        spread = bfloat16(cp, cp.abs(draw(cp, streams, CLUSTERS, 4)))
-        queries = draw(cp, streams, rows, HEAD_DIM) * HEAD_DIM**-0.5
-        sketches.append((queries, *(x[:, : CLUSTERS + EXACT] for x in pairs), counts, spread, 1))
+        variance = bfloat16(cp, cp.abs(draw(cp, streams, CLUSTERS, 4)))
+        # Attention reads neither importance nor queries.
+        importance = cp.ones((streams, CLUSTERS), cp.float32)
+        codes = Quantized(cp.zeros((streams, 1, HEAD_DIM), cp.int8), cp.zeros((streams, 1), cp.float32))
+        clusters = Clusters(*means, counts, variance, importance)
+        state = State(clusters, Exact(*exact, codes, EXACT, BufferOwner(None)), None, CLUSTERS + EXACT)
+        sketches.append((state, draw(cp, streams, rows, HEAD_DIM) * HEAD_DIM**-0.5, 1))
 
     def all_of_them() -> list[Any]:
         return [attend(*sketch) for sketch in sketches]
@@ -163,7 +171,7 @@ def whole_sketch(module: Any, arrays: list[Any], window: int, storage: Any = "in
 
     def update(n: int = tokens) -> Any:
         sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False, storage=storage)
-        sketch.update(keys[:, :, :n], values[:, :, :n], queries[:, :, :n])
+        sketch.update(keys[:, :, :n], values[:, :, :n], queries=queries[:, :, :n])
         return sketch
 
     update(min(tokens, CLUSTERS + 4 * window))  # compiles what it needs
@@ -197,7 +205,7 @@ def by_torch(torch: Any, batch: int, tokens: int, window: int, kernels: bool) ->
 
     heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
     arrays = [torch.randn(batch, h, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
-    backends.register(subgen_cupy.torch_backend() if kernels else subgen_torch.OWN, replace=True)
+    backends.register(subgen_cupy.torch_backend() if kernels else subgen_torch.WITHOUT_CUPY, replace=True)
     try:
         return whole_sketch(torch.cuda, arrays, window)
     finally:
@@ -205,14 +213,14 @@ def by_torch(torch: Any, batch: int, tokens: int, window: int, kernels: bool) ->
 
 
 def decoders(cp: Any, batch: int, storage: Any) -> tuple[float, float]:
-    """Seconds of a token that `Decoder` takes in and answers: in a graph, and with merges, replayed from Python."""
+    """Seconds of a token that `Decoder` appends and answers: in a graph, and with merges, replayed from Python."""
     from subgen_cupy import Decoder, capture
 
     import subgen
 
     arrays = cupys(cp, batch, CLUSTERS + 4 * EXACT)
     sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=EXACT, check_finite=False, storage=storage)
-    sketch.update(arrays[1], arrays[2], arrays[0])
+    sketch.update(arrays[1], arrays[2], queries=arrays[0])
     fill = CACHES_FILLED * int(cp.cuda.Device().attributes["L2CacheSize"])
     several = [Decoder(sketch) for _ in range(max(1, math.ceil(fill / sketch.nbytes)))]
     token = tokens_of(arrays, 1)[0]
@@ -234,21 +242,21 @@ def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str
 
     The device is kept busy while the host launches, so that neither waits for the other and each is told by itself.
     """
-    from subgen_cupy._cupy import CupyDevice
+    from subgen_cupy.device_cupy import CupyDevice
 
     import subgen
 
     half = window // 2
-    turns = 2 + math.ceil(CLUSTERS / half) + 8  # as many clusters as there may be, and kernels compiled
-    queries, keys, values = cupys(cp, batch, (turns + 48) * half)
+    steps = 2 + math.ceil(CLUSTERS / half) + 8  # as many clusters as there may be, and kernels compiled
+    queries, keys, values = cupys(cp, batch, (steps + 48) * half)
     sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
     source = draw(cp, 1 << 28)
     target = cp.empty_like(source)
     launch, spans = CupyDevice.run, []
 
-    def update(turn: int) -> None:
-        part = slice(turn * half, (turn + 1) * half)
-        sketch.update(keys[:, :, part], values[:, :, part], queries[:, :, part])
+    def update(step: int) -> None:
+        part = slice(step * half, (step + 1) * half)
+        sketch.update(keys[:, :, part], values[:, :, part], queries=queries[:, :, part])
 
     def timed(device: Any, work: Any) -> None:
         begin, end = cp.cuda.Event(), cp.cuda.Event()
@@ -257,13 +265,13 @@ def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str
         end.record()
         spans.append((work.kernel, begin, end))
 
-    def busy_while(turn: int) -> tuple[float, float]:
+    def busy_while(step: int) -> tuple[float, float]:
         begin, end = cp.cuda.Event(), cp.cuda.Event()
         for _ in range(24):
             cp.copyto(target, source)
         begin.record()
         start = time.perf_counter()
-        update(turn)
+        update(step)
         host = time.perf_counter() - start
         if begin.done:
             raise RuntimeError("the device was idle before all was launched")
@@ -271,14 +279,14 @@ def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str
         end.synchronize()
         return host, cp.cuda.get_elapsed_time(begin, end) / 1e3
 
-    for turn in range(turns):
-        update(turn)
+    for step in range(steps):
+        update(step)
     cp.cuda.Device().synchronize()
-    host, device = (float(np.median(x)) for x in zip(*(busy_while(turns + i) for i in range(24)), strict=True))
+    host, device = (float(np.median(x)) for x in zip(*(busy_while(steps + i) for i in range(24)), strict=True))
     CupyDevice.run = timed
     try:
-        for turn in range(24):
-            busy_while(turns + 24 + turn)
+        for step in range(24):
+            busy_while(steps + 24 + step)
     finally:
         CupyDevice.run = launch
     kernels: dict[str, list[float]] = {}
@@ -289,11 +297,11 @@ def absorption(cp: Any, batch: int, window: int) -> tuple[float, float, dict[str
 
 
 def added_in_a_graph(cp: Any, batch: int, window: int) -> list[tuple[str, float]]:
-    """Of a turn of a long block, the seconds that each kernel adds to those before it, in a graph of some turns.
+    """Of a step of a long block, the seconds that each kernel adds to those before it, in a graph of some steps.
 
-    Graphs end after one kernel more each time. They write where the turns did, and what they leave is not used.
+    Graphs end after one kernel more each time. They write into the arrays of the steps, which are not used afterwards.
     """
-    from subgen_cupy._cupy import CupyDevice, graph_of
+    from subgen_cupy.device_cupy import CupyDevice, graph_of
 
     import subgen
 
@@ -301,10 +309,10 @@ def added_in_a_graph(cp: Any, batch: int, window: int) -> list[tuple[str, float]
     replayed = CupyDevice.replayed
 
     def timed(device: Any, launches: Any) -> Any:
-        turn, before = list(launches[: len(launches) // 2]), 0.0
-        for k, launch in enumerate(turn):
-            graph = graph_of(device.number, turn[: k + 1] * TURNS)
-            now = events(cp.cuda, graph.launch, 10) / TURNS
+        step, before = list(launches[: len(launches) // 2]), 0.0
+        for k, launch in enumerate(step):
+            graph = graph_of(device.number, step[: k + 1] * STEPS)
+            now = events(cp.cuda, graph.launch, 10) / STEPS
             added.append((launch.kernel, now - before))
             before = now
         return replayed(device, launches)
@@ -313,7 +321,7 @@ def added_in_a_graph(cp: Any, batch: int, window: int) -> list[tuple[str, float]
     sketch = subgen.AttentionSketch(max_clusters=CLUSTERS, window=window, check_finite=False)
     CupyDevice.replayed = timed
     try:
-        sketch.update(keys, values, queries)
+        sketch.update(keys, values, queries=queries)
     finally:
         CupyDevice.replayed = replayed
     return added
@@ -416,14 +424,14 @@ class Bench:
 
     def sketch(self, batch: int, tokens: int, window: int, storage: str = "input") -> None:
         update, token = whole_sketch(self.cp.cuda, cupys(self.cp, batch, tokens), window, storage)
-        where = f"window {window}, batch {batch}, float16{', means in 8 bits' if storage == 'int8' else ''}"
+        where = f"window {window}, batch {batch}, float16{', int8 means' if storage == 'int8' else ''}"
         self.prompt(f"AttentionSketch.update, {tokens} tokens, {where}", update, batch)
         self.add(f"AttentionSketch.step, a token, {where}", f"{token * 1e6:.1f} us")
 
     def decoder(self, batch: int, storage: str = "input") -> None:
         graph, replayed = decoders(self.cp, batch, storage)
         self.add(
-            f"Decoder, a token, batch {batch}, float16{', means in 8 bits' if storage == 'int8' else ''}",
+            f"Decoder, a token, batch {batch}, float16{', int8 means' if storage == 'int8' else ''}",
             f"{graph * 1e6:.1f} us in a graph; {replayed * 1e6:.1f} us with what the host does, merges included",
         )
 
@@ -453,7 +461,7 @@ class Bench:
         parts = ", ".join(f"{name} {seconds * 1e6:.0f}" for name, seconds in added)
         whole = sum(seconds for _, seconds in added)
         self.add(
-            f"a turn of {window // 2} tokens in a graph, batch {batch}, and what each kernel adds",
+            f"a step of {window // 2} tokens in a graph, batch {batch}, and what each kernel adds",
             f"{whole * 1e6:.0f} us: {parts}",
         )
 
@@ -477,10 +485,10 @@ class Bench:
                     lambda batch=batch, window=window: self.sketch(batch, tokens, window),  # type: ignore[misc]
                 )
         for window in (512, 2048):
-            self.part(f"a turn, window {window}", lambda window=window: self.in_a_graph(1, window))  # type: ignore[misc]
+            self.part(f"a step, window {window}", lambda window=window: self.in_a_graph(1, window))  # type: ignore[misc]
         for batch in (1,) if self.quick else (1, 64):
-            self.part(f"Decoder in 8 bits, batch {batch}", lambda batch=batch: self.decoder(batch, "int8"))  # type: ignore[misc]
-        self.part("AttentionSketch in 8 bits", lambda: self.sketch(1, tokens, 512, "int8"))
+            self.part(f"Decoder, int8 means, batch {batch}", lambda batch=batch: self.decoder(batch, "int8"))  # type: ignore[misc]
+        self.part("AttentionSketch, int8 means", lambda: self.sketch(1, tokens, 512, "int8"))
         for window in (128, 256, 512):
             self.part(f"an absorption of {window // 2} tokens", lambda window=window: self.apart(1, window))  # type: ignore[misc]
         for batch in () if self.torch is None else (1,) if self.quick else (1, 16):

@@ -1,7 +1,7 @@
 """How much of the costs a matching reads on a GPU: ``python asv_benchmarks/matching.py [CAPTURE]``.
 
 A model of `match_pairs` in NumPy, beside the rounds written out: how often a cluster loses its nearest other, and over
-how many rows of costs it passes if only those clusters look whose guards were taken; see kernels/matching.cu. The last
+how many rows of costs it passes if only those clusters look whose blockers were taken; see kernels/match.cu. The last
 few absorptions of a stream of random numbers, and of the keys of a language model.
 """
 
@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 import subgen
-from subgen import backends, merging
-from subgen.files import read_capture, sample
+from subgen import backends
+from subgen.default import merging
+from subgen.io.captures import read_capture, sample
 
 INDEX = 0x1FFF  # the low bits of an order, which tell equal importances apart
-GUARDS = 4
+BLOCKERS = 4
 AT_ONCE = 384  # columns
 LAST = 6  # absorptions counted of each stream
 
@@ -48,26 +49,26 @@ def rounds(costs: Floats, surplus: int) -> tuple[list[NDArray[np.int64]], int]:
     return pairs, lost
 
 
-def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -> float:
+def blocked(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -> float:
     """Rows of costs passed over, parts of them added up, when in each round these pairs are found and taken."""
     n, passed = len(costs), 0.0
     order = importance.astype(np.float32).view(np.int32) & ~INDEX | np.arange(n)
     lane = np.arange(n) // 4 % 32
     is_open = np.ones(n, bool)
-    guards: list[list[int]] = [[] for _ in range(n)]
-    named = [-1] * n  # whom a cluster names; itself, if it has guards of its own
+    blockers: list[list[int]] = [[] for _ in range(n)]
+    proposal = [-1] * n  # the proposal of a cluster; itself if it has blockers
 
     def nearer(row: Floats, columns: NDArray[np.int64], bound: float, than: int) -> NDArray[np.int64]:
         return columns[(row[columns] < bound) | (row[columns] == bound) & (columns < than)]
 
     def dearest(row: Floats, columns: NDArray[np.int64]) -> list[int]:
-        return columns[np.argsort(-row[columns], kind="stable")][:GUARDS].tolist()
+        return columns[np.argsort(-row[columns], kind="stable")][:BLOCKERS].tolist()
 
     def of_each_lane(columns: NDArray[np.int64]) -> NDArray[np.int64]:
         """The first of each lane."""
         return columns[np.unique(lane[columns], return_index=True)[1]]
 
-    def guards_of(row: Floats, bound: float, than: int) -> list[int]:
+    def blockers_of(row: Floats, bound: float, than: int) -> list[int]:
         """The dearest of each lane that is nearer, from the end of the row on, no further than there are enough."""
         nonlocal passed
         found = np.zeros(0, np.int64)
@@ -76,13 +77,13 @@ def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -
             found = np.concatenate([found, nearer(row, part, bound, than)])
             found = of_each_lane(found[np.argsort(-row[found], kind="stable")])
             passed += min(AT_ONCE, n - start) / n
-            if len(found) >= GUARDS:
+            if len(found) >= BLOCKERS:
                 break
         return dearest(row, found)
 
     for taken in [*pairs, np.zeros((2, 0), np.int64)]:
         for i in np.flatnonzero(is_open):
-            if named[i] >= 0 and is_open[named[i]] and any(is_open[guard] for guard in guards[i]):
+            if proposal[i] >= 0 and is_open[proposal[i]] and any(is_open[blocker] for blocker in blockers[i]):
                 continue
             row, behind = costs[i], is_open & (order > order[i])
             cost = np.where(behind, row, np.inf)
@@ -90,9 +91,9 @@ def guarded(costs: Floats, importance: Floats, pairs: list[NDArray[np.int64]]) -
             passed += 1
             before = np.flatnonzero(is_open & (order < order[i]))
             before = of_each_lane(before[np.argsort(row[before], kind="stable")])
-            guards[i], named[i] = dearest(row, nearer(row, before, cost[nearest], nearest)), i
-            if not guards[i] and cost[nearest] < np.inf:
-                guards[i], named[i] = guards_of(costs[nearest], cost[nearest], i), nearest
+            blockers[i], proposal[i] = dearest(row, nearer(row, before, cost[nearest], nearest)), i
+            if not blockers[i] and cost[nearest] < np.inf:
+                blockers[i], proposal[i] = blockers_of(costs[nearest], cost[nearest], i), nearest
         is_open[taken.ravel()] = False
     return passed
 
@@ -103,9 +104,9 @@ def count(keys: Floats, values: Floats, queries: Floats, clusters: int, window: 
     costs_of, match = merging.ward_costs, merging._match
     importance: list[Floats] = []
 
-    def costs(means: Any, *rest: Any) -> Any:
-        importance[:] = list(means.importance)
-        return costs_of(means, *rest)
+    def costs(clusters: Any, *rest: Any) -> Any:
+        importance[:] = list(clusters.importance)
+        return costs_of(clusters, *rest)
 
     def matched(costs: Any, surplus: Any) -> Any:
         seen.extend(zip(costs, importance, surplus[:, 0].tolist(), strict=True))
@@ -115,13 +116,13 @@ def count(keys: Floats, values: Floats, queries: Floats, clusters: int, window: 
     backends.register(backends.Backend("numpy"), replace=True)  # the portable operations
     merging.ward_costs, merging._match = costs, matched
     try:
-        subgen.AttentionSketch(clusters, window=window).update(keys, values, queries)
+        subgen.AttentionSketch(clusters, window=window).update(keys, values, queries=queries)
     finally:
         merging.ward_costs, merging._match = costs_of, match
     counted = []
     for of_stream, order_by, surplus in seen:
         pairs, lost = rounds(of_stream, surplus)
-        counted.append((surplus, len(pairs), lost, guarded(of_stream, order_by, pairs)))
+        counted.append((surplus, len(pairs), lost, blocked(of_stream, order_by, pairs)))
     return len(seen[0][0]), np.mean(counted, axis=0)
 
 

@@ -21,10 +21,9 @@ from rich.progress import track
 from rich.table import Table
 
 import subgen
-from subgen.backends import operations_for
-from subgen.baselines import Prefix
-from subgen.compare import compare
-from subgen.files import read_capture, sample
+from subgen.evaluation.baselines import Prefix
+from subgen.evaluation.compare import compare
+from subgen.io.captures import read_capture, sample
 
 BUDGETS = (0.05, 0.1, 0.25)
 SHARDS = (1, 2, 4, 16, 64)
@@ -56,7 +55,7 @@ class Merged:
         return self.sketch.nbytes
 
     def answer(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        return self.sketch.method.attend(self.sketch.state, rows, operations_for(rows))
+        return self.sketch.method.attend(self.sketch.state, rows)
 
 
 def sharded(shards: int, merged: Merge) -> Callable[[Prefix, int, np.random.Generator], Merged]:
@@ -70,7 +69,7 @@ def sharded(shards: int, merged: Merge) -> Callable[[Prefix, int, np.random.Gene
                 scale=prefix.scale,
                 seed=rank,
             )
-            sketch.update(prefix.keys[:, part], prefix.values[:, part], prefix.queries[:, part])
+            sketch.update(prefix.keys[:, part], prefix.values[:, part], queries=prefix.queries[:, part])
             sketches.append(sketch)
         return Merged(merged(sketches))
 

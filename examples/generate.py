@@ -1,6 +1,6 @@
 """A small Llama with its cache as sketches: what is lost on unseen text, and on numbers stated far away.
 
-``make examples`` runs it beside the methods of kvpress, after ``make examples-rivals``. With ``--stream 100000`` it
+``make examples`` runs it beside the methods of kvpress, after ``make examples-baselines``. With ``--stream 100000`` it
 reads a long text instead, in memory that does not grow.
 """
 
@@ -24,7 +24,7 @@ from task import MODEL, Score, evaluate, read, samples, source
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from subgen.means import Storage
+from subgen.default.algorithm import Storage
 
 console = Console()
 
@@ -126,7 +126,7 @@ def main(
     window: Annotated[int, typer.Option(help="Last tokens kept exactly, if the budget allows.")] = 128,
     storage: Annotated[Storage, typer.Option(help="What clusters are held in.")] = "input",
     dtype: Annotated[Dtype, typer.Option(help="Of the model, and so of the cache.")] = "float32",
-    rivals: Annotated[Path | None, typer.Option(help="Scores of rivals.py.")] = None,
+    baselines: Annotated[Path | None, typer.Option(help="Scores of baselines.py.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to write a plot.")] = None,
     long: Annotated[int, typer.Option("--stream", help="Instead: read so many tokens in fixed memory.")] = 0,
 ) -> None:
@@ -148,15 +148,15 @@ def main(
                 return SubGenCache(model.config, compression_ratio=ratio, window=window, storage=storage)
 
             scores[budget] = {"subgen": score(model, drawn, make, progress, f"subgen, {float(budget):.0%}")}
-    if rivals is not None and rivals.exists():
-        read = json.loads(rivals.read_text())
+    if baselines is not None and baselines.exists():
+        read = json.loads(baselines.read_text())
         if read["samples"] != count:
-            raise typer.BadParameter(f"{rivals} was made with {read['samples']} samples, not {count}: make it anew")
+            raise typer.BadParameter(f"{baselines} was made with {read['samples']} samples, not {count}: make it anew")
         for budget, methods in scores.items():
             found = read["scores"].get(budget, {})
             methods.update({name: Score(**numbers) for name, numbers in found.items()})
-    elif rivals is not None:
-        console.print(f"no {rivals}: run `make examples-rivals` for the methods of kvpress")
+    elif baselines is not None:
+        console.print(f"no {baselines}: run `make examples-baselines` for the methods of kvpress")
     show(scores, exact)
     if plot is not None:
         draw_plot(scores, exact, plot)

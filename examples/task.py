@@ -1,6 +1,6 @@
 """The task: unseen Python source in which numbers are stated once and asked for once, far away.
 
-Both sides of the comparison, SubGen and the rivals, run it, each in an environment of its own: this file needs torch
+Both sides of the comparison, SubGen and the baselines, run it, each in an environment of its own: this file needs torch
 and NumPy alone, and gives every one the same samples.
 """
 
@@ -143,7 +143,7 @@ def read(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Ten
     Tensor, shape (rows, tokens, vocabulary)
         Logits.
     """
-    # Transformers 5.24 renamed the argument, and the rivals run on an older release.
+    # Transformers 5.24 renamed the argument, and the baselines run on an older release.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     logits: torch.Tensor = model(ids, **{name: cache}, **options).logits
     return logits

@@ -30,13 +30,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from safetensors.numpy import save as to_safetensors
-from test_inputs import FORMS
 
 import subgen
 from subgen import AttentionSketch
 from subgen._checks import MOST_TOKENS
-from subgen.files import FileError, read_capture
-from subgen.persist import _checksum
+from subgen.io.captures import FileError, read_capture
+from subgen.io.save import _checksum
 
 SECONDS = 20.0
 MEMORY = 6 << 30
@@ -89,17 +88,20 @@ def sketches() -> list[tuple[bytes, Saved]]:
         for i, (sketch, dtype, n, doublings) in enumerate((*((*one, 0) for one in made), *long)):
             if n:
                 keys, values = random(i, (2, n, 4), dtype), random(i + 50, (2, n, 3), dtype)
-                sketch.update(keys, values, keys)
-                sketch.attend(keys[:, -2:])  # compiles, which is not timed
+                sketch.update(keys, values, queries=keys)
             for _ in range(doublings):
                 sketch = subgen.merge(sketch, sketch)
             path = Path(folder) / "a.safetensors"
             sketch.save(path)
-            data = path.read_bytes()
-            header, tensors = take_apart(data)
-            metadata = header["__metadata__"]
-            found.append((data, Saved(tensors, json.loads(metadata["config"]), metadata)))
-    return found
+            found.append(path.read_bytes())
+    # Of the first version of the format, too.
+    found += [path.read_bytes() for path in sorted((Path(__file__).parent / "data").glob("version_*/*.safetensors"))]
+    parts = []
+    for data in found:
+        header, tensors = take_apart(data)
+        metadata = header["__metadata__"]
+        parts.append((data, Saved(tensors, json.loads(metadata["config"]), metadata)))
+    return parts
 
 
 def take_apart(data: bytes) -> tuple[dict[str, Any], Tensors]:
@@ -198,8 +200,8 @@ def change_json(rng: Rng, value: Any) -> Any:
     return value
 
 
-def change_array(rng: Rng, x: np.ndarray, others: tuple[str, ...] = ()) -> np.ndarray:
-    """Other numbers, another dtype, of others too, or another shape."""
+def change_array(rng: Rng, x: np.ndarray) -> np.ndarray:
+    """Other numbers, another dtype or another shape."""
     kind = pick(rng, ("number", "number", "number", "row", "shuffle", "dtype", "axis", "shorter", "longer", "noise"))
     x = x.copy()
     with np.errstate(all="ignore"):
@@ -212,7 +214,7 @@ def change_array(rng: Rng, x: np.ndarray, others: tuple[str, ...] = ()) -> np.nd
         elif kind == "shuffle" and x.ndim:
             x = rng.permutation(x, axis=int(rng.integers(x.ndim)))
         elif kind == "dtype":
-            x = x.astype(pick(rng, ("f2", "f4", "f8", "i1", "i4", "i8", "u2", "?", *others)))
+            x = x.astype(pick(rng, ("f2", "f4", "f8", "i1", "i4", "i8", "u2", "?")))
         elif kind == "axis":
             x = pick(rng, (x[..., None], x[None], x.reshape(-1), np.moveaxis(x, 0, -1)))
         elif kind == "shorter" and x.ndim:
@@ -225,12 +227,12 @@ def change_array(rng: Rng, x: np.ndarray, others: tuple[str, ...] = ()) -> np.nd
     return np.ascontiguousarray(x)
 
 
-def change_arrays(rng: Rng, arrays: Tensors, others: tuple[str, ...] = ()) -> Tensors:
+def change_arrays(rng: Rng, arrays: Tensors) -> Tensors:
     arrays = dict(arrays)
     name = pick(rng, sorted(arrays))
     kind = pick(rng, ("change", "change", "change", "change", "remove", "rename", "swap", "all streams"))
     if kind == "change":
-        arrays[name] = change_array(rng, arrays[name], others)
+        arrays[name] = change_array(rng, arrays[name])
     elif kind == "remove":
         del arrays[name]
     elif kind == "rename":
@@ -322,7 +324,7 @@ def npz_capture(rng: Rng, arrays: Tensors) -> bytes:
     kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
     with zipfile.ZipFile(file, "w", pick(rng, kinds)) as archive:
         if rng.random() < 0.3:
-            arrays = change_arrays(rng, arrays, (">f2", ">f4", ">f8", "g", "c8", "M8[s]", "S9"))
+            arrays = change_arrays(rng, arrays)
         changed = pick(rng, (*arrays, None))
         for name, x in arrays.items():
             names = (name, f"../{name}.npy", f"{name}.NPY", f"{name}/", "x.npy")
@@ -388,6 +390,7 @@ CHECKS = {
     "parameters": r"holds no sketch \((ValueError|TypeError)",
     "parts are missing or of no use": r"holds no sketch \(\w+|is missing$|no such sketch has|arrays and no layout",
     "sizes": "by the parameters beside it|but for the second axis",
+    "bfloat16 for NumPy": "holds bfloat16, which NumPy has no dtype for",
     "dtypes": "is .*, expected|expected one of float16",
     "other dtype does not hold it": "does not hold",
     "NaN or infinity in a state": "of a stream that was checked",
@@ -403,7 +406,7 @@ def refused_by(message: str) -> str:
 
 
 def try_sketch(path: Path, rng: Rng) -> str:
-    like = np.zeros((), pick(rng, ("f2", "f4", "f8", ">f2", ">f4", ">f8"))) if rng.random() < 0.2 else None
+    like = np.zeros((), pick(rng, ("f2", "f4", "f8"))) if rng.random() < 0.2 else None
     try:
         sketch = subgen.load(path, like=like)
     except FileError as error:
@@ -413,9 +416,7 @@ def try_sketch(path: Path, rng: Rng) -> str:
     if layout is not None:
         leading, d, e, dtype = layout.leading, layout.head_dim, layout.value_dim, layout.example.dtype
         assert sketch.attend(np.ones((*leading, 2, d), dtype)).shape == (*leading, 2, e)
-    assert np.dtype(dtype).isnative
-    form = FORMS[pick(rng, list(FORMS))]
-    keys, values = form(np.ones((*leading, 21, d), dtype)), form(np.ones((*leading, 21, e), dtype))
+    keys, values = np.ones((*leading, 21, d), dtype), np.ones((*leading, 21, e), dtype)
     try:
         sketch.update(keys[..., :10, :], values[..., :10, :])
     except (MemoryError, ValueError) as error:
@@ -476,6 +477,16 @@ def limited() -> Iterator[Callable[[], None]]:
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def compile_loops() -> None:
+    """Compile what sketches run, which takes longer than an input may."""
+    for dtype in ("f2", "f4", "f8"):
+        x = np.ones((2, 40, 4), dtype)
+        for storage in ("input", "int8"):
+            sketch = subgen.AttentionSketch(3, window=4, sink=1, storage=storage)
+            sketch.update(x, x, queries=x)
+            sketch.step(x, x, x)
+
+
 def main(
     inputs: Annotated[int, typer.Option(min=1)] = 100_000,
     first: Annotated[int, typer.Option(min=0, help="The number of the first input.")] = 0,
@@ -483,6 +494,7 @@ def main(
     """Try so many inputs; print what came of them. Fails if one is a bug."""
     counts: Counter[tuple[str, str]] = Counter()
     bugs = []
+    compile_loops()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, limited() as start, np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of overflow, and of archives of odd make

@@ -58,7 +58,7 @@ def filled(n: int, data: dict[str, Any], **options: Any) -> AttentionSketch:
     sketch = AttentionSketch(**({"max_clusters": CLUSTERS, "window": WINDOW, "sink": SINK} | options))
     while sketch.n_seen < n:
         part = slice(0, min(n - sketch.n_seen, data["k"].shape[1]))
-        sketch.update(data["k"][:, part], data["v"][:, part], data["q"][:, part])
+        sketch.update(data["k"][:, part], data["v"][:, part], queries=data["q"][:, part])
     return sketch
 
 

@@ -34,7 +34,7 @@ class Tokens(_Data):
 
     def time_update(self, data: Any, backend: str, n: int) -> None:
         for q, k, v in self.tokens:
-            self.sketch.update(k, v, q)
+            self.sketch.update(k, v, queries=q)
         synchronise(backend)
 
     def time_attend(self, data: Any, backend: str, n: int) -> None:
@@ -44,19 +44,19 @@ class Tokens(_Data):
 
     def time_step(self, data: Any, backend: str, n: int) -> None:
         for q, k, v in self.tokens:
-            self.sketch.update(k, v, q)
+            self.sketch.update(k, v, queries=q)
             self.sketch.attend(q)
         synchronise(backend)
 
 
 class TokensIn8Bits(Tokens):
-    """The same with means in 8 bits."""
+    """The same with int8 clusters."""
 
     storage = "int8"
 
 
 class Blocks(_Data):
-    """Few clusters, which are all compared in every absorption, and many, which remember their nearest others."""
+    """Few clusters, which are all compared in every absorption, and many, which cache their nearest neighbours."""
 
     params = (BACKENDS, (CLUSTERS, 4 * CLUSTERS))
     param_names = ("backend", "clusters")
@@ -67,7 +67,7 @@ class Blocks(_Data):
         self.sketch = filled(2 * clusters, self.data, max_clusters=clusters)
 
     def time_update_of_a_block(self, data: Any, backend: str, clusters: int) -> None:
-        self.sketch.update(self.data["k"], self.data["v"], self.data["q"])
+        self.sketch.update(self.data["k"], self.data["v"], queries=self.data["q"])
         synchronise(backend)
 
     def time_step_of_a_block(self, data: Any, backend: str, clusters: int) -> None:
@@ -109,6 +109,6 @@ class Bytes(_Data):
     def track_pairs(self, data: Any, n: int, storage: str) -> int:
         """Pairs a query is answered from: at most the clusters, the sinks and the window."""
         sketch = filled(n, data, storage=storage)
-        pairs = int(np.max(sketch.n_clusters)) + sketch.state.n_exact
+        pairs = int(np.max(sketch.n_clusters)) + sketch.state.exact.n
         assert pairs <= CLUSTERS + SINK + WINDOW  # noqa: S101
         return pairs

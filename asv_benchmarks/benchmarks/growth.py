@@ -44,7 +44,7 @@ def step_times(sketches: list[AttentionSketch]) -> list[float]:
             begin = time.perf_counter()
             for i in range(WINDOW // 2):
                 token = x[:, i : i + 1]
-                sketch.update(token, token, token)
+                sketch.update(token, token, queries=token)
                 sketch.attend(token)
             if number:  # the first warms up
                 best[which] = min(best[which], (time.perf_counter() - begin) / (WINDOW // 2))
@@ -64,7 +64,7 @@ class Exponents:
             for n in LENGTHS:
                 while sketch.n_seen < n:
                     x = tokens(min(n - sketch.n_seen, 4096), sketch.n_seen)
-                    sketch.update(x, x, x)
+                    sketch.update(x, x, queries=x)
                 held.append(sketch.nbytes)
                 at.append(copy.copy(sketch))
             grown[mode] = held, step_times(at)

@@ -30,7 +30,7 @@ def _call(name: str, n: int) -> Callable[[], Any]:
 
     def filled(seed: int = 0, **options: Any) -> AttentionSketch:
         sketch = AttentionSketch(**({"max_clusters": n // 16, "window": n // 2, "seed": seed} | options))
-        sketch.update(k[:, first], v[:, first], q[:, first])
+        sketch.update(k[:, first], v[:, first], queries=q[:, first])
         return sketch
 
     if name == "attention":
@@ -46,7 +46,7 @@ def _call(name: str, n: int) -> Callable[[], Any]:
         return lambda: sketch.attend(q)
     if name == "step":
         return lambda: sketch.step(q, k, v)
-    return lambda: sketch.update(k, v, q)
+    return lambda: sketch.update(k, v, queries=q)
 
 
 class Peak:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from subgen import AttentionSketch, attention
-from subgen.files import sample
+from subgen.io.captures import sample
 
 # Pairs a query is answered from: a tenth and a quarter of the sample.
 PAIRS = (154, 384)

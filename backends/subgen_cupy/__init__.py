@@ -1,61 +1,40 @@
 """The CuPy backend: CUDA kernels, compiled when they are first needed.
 
-Its operations never ask the host, so steps made of them can be recorded as a CUDA graph: `capture`. How the kernels are
-laid out and tested: docs/howto/gpu.md.
+Its operations need no host synchronisation, so a step made of them can be recorded as a CUDA graph with `capture`. See
+docs/howto/gpu.md for the kernels and their tests.
 """
 
 from __future__ import annotations
 
 from subgen.backends import Backend
 
-from . import _torch
-from ._cupy import capture
-from ._decoder import Decoder
-from ._operations import (
-    absorb_blocks,
-    assign_leaders,
-    coded_attention,
-    collect,
-    decode,
-    merge_closest,
-    quantize,
-    query_codes,
-    query_moment,
-    settle,
-    sketch_attention,
-    threefry2x32,
-    weighted_attention,
-    write,
-)
+from . import absorb, append, attend, device_torch, leaders, merging
+from .decoder import Decoder
+from .graph import capture
 
 __all__ = ["BACKEND", "Decoder", "capture", "torch_backend"]
 
 BACKEND = Backend(
     "cupy",
     {
-        "threefry2x32": threefry2x32,
-        "assign_leaders": assign_leaders,
-        "weighted_attention": weighted_attention,
-        "sketch_attention": sketch_attention,
-        "coded_attention": coded_attention,
-        "merge_closest": merge_closest,
-        "write": write,
-        "quantize": quantize,
-        "query_codes": query_codes,
-        "collect": collect,
-        "query_moment": query_moment,
-        "settle": settle,
-        "absorb_blocks": absorb_blocks,
-        "decode": decode,
+        "weighted_attention": attend.weighted_attention,
+        "attend": attend.attend,
+        "append": append.append,
+        "decode": append.decode,
+        "absorb": absorb.absorb,
+        "absorb_blocks": absorb.absorb_blocks,
+        "merge_closest": merging.merge_closest,
+        "quantize_queries": append.quantize_queries,
+        "assign_leaders": leaders.assign_leaders,
     },
 )
 
 
 def torch_backend() -> Backend:
-    """Return the backend of torch with these kernels for its CUDA tensors, without copies; elsewhere it is the same.
+    """Return the torch backend with these kernels for CUDA tensors, which are not copied.
 
-    Kernels are compiled and launched by CuPy, on torch's current stream. ``subgen_torch.BACKEND`` is this where CuPy is
-    installed and torch has a CUDA device, and ``subgen_torch.OWN`` what does without.
+    CuPy compiles the kernels and launches them on torch's current stream. ``subgen_torch.BACKEND`` is this backend
+    where CuPy is installed and torch has a CUDA device. ``subgen_torch.WITHOUT_CUPY`` does not use the kernels.
 
     Returns
     -------
@@ -73,4 +52,4 @@ def torch_backend() -> Backend:
     """
     import subgen_torch
 
-    return _torch.backend_for(subgen_torch.OWN)
+    return device_torch.backend_for(subgen_torch.WITHOUT_CUPY)

@@ -12,7 +12,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 from typer.models import ArgumentInfo
 
-from subgen.cli import app as program
+from subgen.__main__ import app as program
 
 
 class CommandLine(SphinxDirective):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from . import backends, theory
-from .budget import Power
-from .exact import attention
-from .joining import merge
-from .persist import load
-from .plan import plan
-from .sketch import AttentionSketch
+from .default.budget import Power
+from .evaluation.compare import compare
+from .evaluation.plan import plan
+from .shards import merge
+from .sketch import AttentionSketch, load
+from .softmax import attention
 
-__all__ = ["AttentionSketch", "Power", "attention", "backends", "load", "merge", "plan", "theory"]
+__all__ = ["AttentionSketch", "Power", "attention", "backends", "compare", "load", "merge", "plan", "theory"]
 
 __version__ = version("subgen-attention")

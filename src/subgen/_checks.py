@@ -12,6 +12,7 @@ from ._array import Array, Namespace, array_namespace, dtype_name, is_floating, 
 from ._inputs import namespace_of, plain
 
 __all__ = [
+    "MAX_PLACES",
     "MOST_TOKENS",
     "check_alike",
     "check_block",
@@ -29,7 +30,10 @@ __all__ = [
     "check_seed",
 ]
 
-#: Tokens of the longest stream: with them, sums of two counts and the moments of reservoirs fit in 64 bits.
+# Places that arrays are made for.
+MAX_PLACES = 2**31 - 1
+
+#: Tokens of the longest stream: sums of two counts, and the moments of reservoirs, fit in 64 bits.
 MOST_TOKENS = 2**62 - 1
 
 
@@ -98,7 +102,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
-    """Return the factor of the logits; ``None`` means ``head_dim ** -0.5``."""
+    """Return the softmax scale; ``None`` means ``head_dim ** -0.5``."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     return check_real("scale", scale, minimum=0.0, strict=True)
@@ -178,7 +182,7 @@ def check_finite(name: str, x: Array) -> None:
     """Raise if a number is NaN or infinite."""
     xp = array_namespace(x)
     with np.errstate(all="ignore"):
-        # One number tells of all, unless the sum of finite numbers is beyond the dtype.
+        # The sum is finite if all numbers are, unless it is beyond the dtype.
         total = xp.sum(x)
     if math.isfinite(float(total.detach() if hasattr(total, "detach") else total)):
         return
@@ -190,12 +194,12 @@ def check_finite(name: str, x: Array) -> None:
 
 
 def check_block(keys: Any, values: Any, *, finite: bool = True) -> tuple[Array, Array]:
-    """Check a block of pairs: ``(..., n, head_dim)`` and ``(..., n, value_dim)``, alike and, if asked, finite.
+    """Check a block of tokens: ``(..., n, head_dim)`` and ``(..., n, value_dim)``, alike and, if wanted, finite.
 
     Returns
     -------
     keys, values : array
-        As they are computed with; see `subgen._inputs.plain`.
+        Converted; see `subgen._inputs.plain`.
     """
     keys, values = _check_array("keys", keys), _check_array("values", values)
     check_alike("values", values, "keys", keys)
@@ -218,7 +222,7 @@ def check_groups(
     Returns
     -------
     array
-        The queries as they are computed with; see `subgen._inputs.plain`.
+        The queries, converted; see `subgen._inputs.plain`.
     """
     queries = _check_array("queries", queries)
     check_alike("queries", queries, name, keys)

@@ -53,7 +53,7 @@ def plain(name: str, x: Any) -> Array:
     Raises
     ------
     TypeError
-        If it is no array, or one of a kind that would be misread: a subclass with rules of its own, sparse, nested,
+        If it is not an array, or one of a kind that would be misread: a subclass with rules of its own, sparse, nested,
         lazy, traced, sharded or without data. The message names the remedy.
     """
     convert = _converters.get(type(x))

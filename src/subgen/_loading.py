@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-__all__ = ["LOADING", "apart"]
+__all__ = ["LOADING", "call_uninterrupted"]
 
 # Seconds that a fork waits for a lock: several times as long as it takes to compile.
 _TIMEOUT = 300.0
@@ -29,26 +29,25 @@ Result = TypeVar("Result")
 LOADING = threading.RLock()
 
 
-def apart(function: Callable[..., Result], *given: Any) -> Result:
+def call_uninterrupted(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a function; from the main thread, in which signals interrupt, in a thread of its own.
 
-    An interrupted call goes on there to its end, and the interpreter does not end before it. Where the main thread
-    itself holds `LOADING`, which the function may take, it calls the function.
+    An interrupted call goes on there to its end, and the interpreter waits for it. Where the main thread holds
+    `LOADING`, which the function may take, it calls the function itself.
 
     Parameters
     ----------
     function : callable
-    *given
-        Its arguments.
+    *arguments
     """
     if threading.current_thread() is not threading.main_thread() or LOADING._is_owned():  # type: ignore[attr-defined]
-        return function(*given)
+        return function(*arguments)
     results: list[Result] = []
     errors: list[BaseException] = []
 
     def call() -> None:
         try:
-            results.append(function(*given))
+            results.append(function(*arguments))
         except BaseException as error:
             errors.append(error)
 
@@ -56,7 +55,7 @@ def apart(function: Callable[..., Result], *given: Any) -> Result:
     try:
         thread.start()
     except RuntimeError:  # the interpreter is on its way out, or the system has no more threads
-        return function(*given)
+        return function(*arguments)
     thread.join()
     if errors:
         raise errors[0]

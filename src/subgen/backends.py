@@ -1,32 +1,35 @@
-"""The registry of backends: faster versions of a few hot operations, one array library each.
+"""The registry of backends: an operation is a portable function, and any library may have a faster one.
 
-The algorithm is written once, against the Python array API standard, and runs on any array that follows it. A
-backend replaces some of the operations below for the arrays of one library; what it leaves out falls to the
-portable function. No backend is ever needed: arrays of JAX or array-api-strict run on the portable code.
+The algorithm is written once, against the Python array API standard, and runs on any array that follows it. Nine of
+its functions are *operations* (`PORTABLE` lists them). Calling one runs the version of the library whose arrays it is
+given, where a backend has one, and the portable function otherwise. No backend is ever needed: arrays of JAX or
+array-api-strict run on the portable code.
 
 To write one for a library ``mylib``:
 
 1. In a package of your own, write the operations you want to speed up, with the signatures, shapes and results of
-   the portable functions (`PORTABLE` lists them; each has a docstring)::
+   the portable functions (each has a docstring)::
 
        # subgen_mylib/__init__.py
        from subgen.backends import Backend
        from ._kernels import weighted_attention
        BACKEND = Backend("mylib", {"weighted_attention": weighted_attention})
 
+   An operation that cannot take some input returns ``NotImplemented``; the portable function then runs.
+
 2. Announce it in your ``pyproject.toml``; the name is the root module of the arrays' namespace::
 
        [project.entry-points."subgen.backends"]
        mylib = "subgen_mylib:BACKEND"
 
-That is all: it is found when the first array of that library arrives, and not imported before. ``subgen backends``
-on the command line shows it, and the tests in ``tests/test_backends.py`` show the contracts to hold it to: the
-same signature, discrete results (assignments, counts, random bits) equal to the last bit on small-integer input,
-numbers equal within the rounding of float32. To try one without packaging it, call `register`.
+That is all. The backend is found when the first array of that library arrives, and is not imported before. ``subgen
+backends`` on the command line shows it, and ``tests/core/test_backends.py`` shows the contracts: the same signature,
+discrete results (assignments, counts) equal to the last bit on small-integer input, numbers equal within the rounding
+of float32. To try one without packaging it, call `register`.
 
-An operation gets arrays of your library only, already checked, and gives new arrays; it must not write into its
-arguments, ``write`` and ``decode`` excepted. There is no global "current backend" and no environment variable: the
-array decides.
+An operation gets arrays of your library only, already checked, and gives new arrays. ``append`` and ``decode`` may
+write in place behind the last token, after `subgen.default.state.reserve`. There is no global "current backend" and no
+environment variable: the array decides.
 """
 
 from __future__ import annotations
@@ -34,52 +37,25 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from ._array import Array, array_namespace, library_name
 from ._loading import LOADING
-from .absorbing import Absorbed, Settled, absorb, collect, settle
-from .blocks import Turned, absorb_blocks
-from .clustering import assign_leaders
-from .counter import threefry2x32
-from .decoding import Decoded, decode
-from .mass import coded_attention, sketch_attention
-from .merging import merge_closest
-from .metric import query_moment
-from .queries import query_codes
-from .rounding import Codes, quantize
-from .tail import write
-from .weighted import weighted_attention
+from ._tree import example
 
-__all__ = ["PORTABLE", "Backend", "BackendError", "Operations", "get", "names", "operations_for", "register"]
+__all__ = ["PORTABLE", "Backend", "BackendError", "get", "names", "operation", "register"]
 
 _GROUP = "subgen.backends"
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
-@dataclass(frozen=True)
-class Operations:
-    """The hot operations as one object: the portable functions, or a backend's in their place."""
+_portable: dict[str, Callable[..., Any]] = {}
 
-    threefry2x32: Callable[..., tuple[Array, Array]] = threefry2x32
-    assign_leaders: Callable[..., Any] = assign_leaders
-    weighted_attention: Callable[..., tuple[Array, Array]] = weighted_attention
-    sketch_attention: Callable[..., tuple[Array, Array]] = sketch_attention
-    coded_attention: Callable[..., tuple[Array, Array]] = coded_attention
-    merge_closest: Callable[..., tuple[Any, Array]] = merge_closest
-    write: Callable[..., Array] = write
-    quantize: Callable[..., Codes] = quantize
-    collect: Callable[..., tuple[Any, Array]] = collect
-    query_moment: Callable[..., Array] = query_moment
-    settle: Callable[..., Settled] = settle
-    query_codes: Callable[..., Codes] = query_codes
-    absorb: Callable[..., Absorbed] = absorb
-    absorb_blocks: Callable[..., Turned] = absorb_blocks
-    decode: Callable[..., Decoded] = decode
-
-
-#: The operations a backend may replace, and the portable function behind each.
-PORTABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(dict(vars(Operations())))
+#: The portable function behind each operation.
+PORTABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(_portable)
 
 
 class BackendError(RuntimeError):
@@ -88,7 +64,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """Replacements of hot operations for the arrays of one library.
+    """Replacements of operations for the arrays of one library.
 
     Parameters
     ----------
@@ -115,8 +91,47 @@ class Backend:
         object.__setattr__(self, "operations", MappingProxyType(dict(self.operations)))
 
 
+def operation(portable: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Turn a portable function into an operation, dispatched by the library of its first argument.
+
+    Parameters
+    ----------
+    portable : callable
+        Its first argument is an array, or a dataclass of arrays such as `subgen.default.state.State`.
+
+    Returns
+    -------
+    callable
+        The same signature and docstring. ``PORTABLE[name]`` is the function given.
+    """
+    name = portable.__name__
+    _portable[name] = portable
+
+    @wraps(portable)
+    def dispatched(*given: Given.args, **named: Given.kwargs) -> Result:
+        faster = _operations_of(example(given[0])).get(name)
+        if faster is not None:
+            result = faster(*given, **named)
+            if result is not NotImplemented:
+                return cast("Result", result)
+        return portable(*given, **named)
+
+    return dispatched
+
+
 _registered: dict[str, Backend] = {}
-_resolved: dict[str, Operations] = {}
+_resolved: dict[str, Mapping[str, Callable[..., Any]]] = {}
+
+
+def _operations_of(x: Array) -> Mapping[str, Callable[..., Any]]:
+    """Return what the backend of an array's library replaces."""
+    name = library_name(array_namespace(x))
+    operations = _resolved.get(name)
+    if operations is None:
+        with LOADING:
+            known = name in _registered or name in _entry_points()
+            operations = _resolved[name] = get(name).operations if known else {}
+    return operations
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
@@ -140,7 +155,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Backend:
-    """Look a backend up by name, importing it if need be.
+    """Return a backend by name, importing it if need be.
 
     Parameters
     ----------
@@ -154,7 +169,7 @@ def get(name: str) -> Backend:
     Raises
     ------
     BackendError
-        If no backend has that name (the message lists those there are), or its package does not import.
+        If no backend has that name (the message lists the installed ones), or its package does not import.
 
     Examples
     --------
@@ -190,14 +205,14 @@ def register(backend: Backend, *, replace: bool = False) -> None:
     Parameters
     ----------
     backend : Backend
-        Sketches made before keep working; the next operation on such an array uses it.
+        The next operation on an array of its library uses it, in sketches made before too.
     replace : bool
         Whether to take the place of a backend of that name.
 
     Raises
     ------
     TypeError
-        If it is no `Backend`.
+        If it is not a `Backend`.
     BackendError
         If the name is taken and ``replace`` is false.
     """
@@ -207,29 +222,3 @@ def register(backend: Backend, *, replace: bool = False) -> None:
         raise BackendError(f"backend {backend.name!r} exists already; pass replace=True to take its place")
     _registered[backend.name] = backend
     _resolved.pop(backend.name, None)
-
-
-def operations_for(x: Array) -> Operations:
-    """Return the operations for an array: those of its library's backend, portable where it has none.
-
-    Parameters
-    ----------
-    x : array
-
-    Returns
-    -------
-    Operations
-
-    Raises
-    ------
-    BackendError
-        If the library has a backend and it does not load.
-    """
-    name = library_name(array_namespace(x))
-    operations = _resolved.get(name)
-    if operations is None:
-        with LOADING:
-            known = name in _registered or name in _entry_points()
-            operations = Operations(**get(name).operations) if known else Operations()
-        _resolved[name] = operations
-    return operations

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ._array import Array
-from .joining import merge
+from .shards import merge
 from .sketch import AttentionSketch
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def sketch(
         Chunked along the tokens, of any sizes. Along other axes chunks are joined.
     values : dask.array.Array, shape (..., n, value_dim)
     queries : dask.array.Array, shape (..., q_heads, n, head_dim), optional
-        As in `subgen.AttentionSketch.update`. Values and queries are chunked anew where they differ from the keys.
+        As in `subgen.AttentionSketch.update`. Values and queries are rechunked where they differ from the keys.
     template : AttentionSketch
-        An empty sketch, whose parameters all shards have, as they are now. The shard at place i has its seed plus i.
+        An empty sketch, whose present parameters all shards get. The shard at place i has its seed plus i.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def sketch(
     ImportError
         If Dask is not installed.
     TypeError
-        If an argument is no Dask array, or the template no sketch.
+        If an argument is not a Dask array, or the template not a sketch.
     ValueError
         If the template is not empty, numbers of tokens differ, chunk sizes are unknown, or there are no tokens.
 
@@ -90,7 +90,7 @@ def sketch(
     tokens = keys.chunks[-2]
     if not sum(tokens):
         raise ValueError(f"keys have no tokens: shape {keys.shape}")
-    # Keys first, so that what is wrong with the others is told against them.
+    # Keys first: errors compare the others with them.
     columns: list[list[Delayed | None]] = [_by_tokens(keys, tokens)]
     for name, x in (("values", values), ("queries", queries)):
         if x is None:
@@ -117,9 +117,9 @@ def sketch_chunk(
 ) -> AttentionSketch:
     """Sketch one chunk: a task of the graph."""
     shard = copy.copy(template)
-    shard._method = replace(shard._method, seed=(shard._method.seed + place) % 2**64)  # type: ignore[type-var, attr-defined]
+    shard._method = replace(shard._method, seed=(shard._method.seed + place) % 2**64)
     if keys.shape[-2]:  # a filter may leave chunks empty
-        shard.update(keys, values, queries)
+        shard.update(keys, values, queries=queries)
     return shard
 
 

@@ -3,74 +3,53 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
 
-from ._array import Array, array_namespace, concat, library_name, narrow, nbytes, positions
-from ._checks import (
-    check_alike,
-    check_block,
-    check_choice,
-    check_flag,
-    check_groups,
-    check_integer,
-    check_length,
-    check_real,
-    check_scale,
-    check_seed,
-)
+from ._array import Array, Counts, array_namespace, library_name, pieces, positions, saturating_cast
+from ._checks import check_alike, check_block, check_flag, check_groups, check_integer, check_length, check_scale
 from ._inputs import namespace_of, outside_modes
-from ._memory import pieces
-from .backends import operations_for
-from .budget import Power, check_budget
-from .means import ClusterMeans, MeansState, Storage
-from .method import Method
-from .paper import Paper
-from .state import PaperState
-from .tail import Tail
-from .weighted import fold_groups, scaled, unfold_groups
+from ._tree import concat, nbytes, tree_map
+from .default.algorithm import ClusterMeans, Storage
+from .default.budget import Power
+from .default.state import BufferOwner, State
+from .io import save as files
+from .layout import Layout
+from .paper.algorithm import Algorithm1
+from .paper.state import PaperState
+from .softmax import fold_groups, scaled, unfold_groups
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+__all__ = ["AttentionSketch", "load"]
 
-__all__ = ["AttentionSketch", "Checked", "Layout"]
+ArrayT = TypeVar("ArrayT")
+Method: TypeAlias = ClusterMeans | Algorithm1
 
-# Places that arrays are made for.
-_MOST = 2**31 - 1
+_KINDS: dict[str, type[Method]] = {"means": ClusterMeans, "paper": Algorithm1}
+
+Update = TypeVar("Update", bound=Callable[..., None])
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the first update fixed: shapes, library, dtype and device of the stream."""
+def _queries_by_name(update: Update) -> Update:
+    """Accept the queries as a third positional argument for one more release, with a warning."""
 
-    leading: tuple[int, ...]
-    head_dim: int
-    value_dim: int
-    example: Array  # an empty array: carries library, dtype and device
+    @functools.wraps(update)
+    def wrapped(self: AttentionSketch, keys: Array, values: Array, *positional: Array, **named: Array) -> None:
+        if len(positional) == 1 and not named:
+            warnings.warn(
+                "update(keys, values, queries) by position is deprecated, as step and attention take queries first: "
+                "write update(keys, values, queries=queries)",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return update(self, keys, values, queries=positional[0])
+        return update(self, keys, values, *positional, **named)
 
-    @property
-    def kv_heads(self) -> int:
-        """Streams along the axis before the tokens."""
-        return self.leading[-1] if self.leading else 1
-
-    @property
-    def streams(self) -> int:
-        """Streams along all leading axes."""
-        return math.prod(self.leading)
-
-    def flat(self, x: Array) -> Array:
-        """``(..., n, dim)`` to ``(streams, n, dim)``."""
-        xp = array_namespace(x)
-        return xp.reshape(x, (self.streams, *x.shape[-2:]))
-
-    @cached_property
-    def heads(self) -> Array:
-        """Index of each stream along the axis before the tokens: rows of a batch share their draws."""
-        return positions(self.streams, self.example) % self.kv_heads
+    return cast("Update", wrapped)
 
 
 class Checked(NamedTuple):
@@ -81,7 +60,7 @@ class Checked(NamedTuple):
     layout : Layout
         Of the stream, or what it would be if the block came first.
     keys, values : array
-        As they are computed with: native-endian, strided, detached.
+        Converted: native-endian, strided, detached.
     queries : array or None
     """
 
@@ -94,10 +73,10 @@ class Checked(NamedTuple):
 class AttentionSketch:
     """Attention over a stream of tokens from a summary that grows with its clusters, not with its length.
 
-    The first ``sink`` tokens and the last ``window`` are kept exactly. All others are clusters, each held as its mean
-    key and mean value; when there are more than the budget, the closest pairs merge. Closeness is measured in
-    logits of recent queries and in values, and unusual keys merge last. For the algorithm of the paper, see
-    `AttentionSketch.paper`.
+    The default is **cluster means**. The first ``sink`` tokens and the last ``window`` are kept exactly. All others are
+    clusters, each held as its mean key and mean value; when there are more than the budget, the closest pairs merge.
+    Closeness is measured in logits of recent queries and in values, and dissimilar keys merge last. Algorithm 1 of the
+    paper is `AttentionSketch.paper`.
 
     The array library, dtype, device and shapes come from the first `update` (or `step`); a batch holds any number of
     independent streams, and a stream's answers depend neither on its neighbours in the batch nor on how the tokens
@@ -107,7 +86,7 @@ class AttentionSketch:
     ----------
     max_clusters : int or Power, optional
         Clusters held for each stream; memory is fixed once they are reached. With ``sink`` and ``window`` it makes
-        the number of pairs a query is answered from. At least 1. A `subgen.Power` lets the number grow with the
+        the number of entries a query is answered from. At least 1. A `subgen.Power` lets the number grow with the
         stream, as ``subgen.Power(8, 0.5)``. 1024, if nothing else bounds the sketch; one of ``max_clusters``,
         ``max_bytes`` and ``compression_ratio`` may be given.
     delta : float, optional
@@ -125,16 +104,16 @@ class AttentionSketch:
     sink : int
         First tokens kept exactly. At least 0.
     scale : float, optional
-        Factor of the logits; ``None`` means ``head_dim ** -0.5``.
+        Softmax scale; ``None`` means ``head_dim ** -0.5``.
     storage : {"input", "int8"}
-        What the means of clusters are held in: the dtype of the input, or 8 bits with one scale for each vector:
-        nearly twice the clusters of 16-bit input in the same bytes. Sinks and window stay exact.
+        How the means of clusters are stored: in the dtype of the input, or in int8 with one scale for each vector,
+        which fits nearly twice the clusters of 16-bit input into the same bytes. Sinks and window stay exact.
     residual_samples : int
         Tokens sampled for the corrected estimator of ``attend(return_error=True)``; 0 keeps none.
     check_finite : bool
-        Whether `update`, `step` and `attend` look for NaN and infinity. Looking waits for the device.
+        Whether `update`, `step` and `attend` check for NaN and infinity. The check synchronises with the device.
     seed : int
-        In ``[0, 2**64)``; for the rounding of means to 16 and 8 bits, and for the residual sample. Equal seeds give
+        In ``[0, 2**64)``; for the rounding of means to 16 bits and int8, and for the residual sample. Equal seeds give
         equal sketches.
 
     Raises
@@ -148,7 +127,7 @@ class AttentionSketch:
     >>> rng = np.random.default_rng(0)
     >>> keys, values, queries = rng.normal(size=(3, 4, 2000, 16))
     >>> sketch = subgen.AttentionSketch(max_clusters=64, window=32)
-    >>> sketch.update(keys, values, queries)
+    >>> sketch.update(keys, values, queries=queries)
     >>> sketch.attend(queries[:, -3:]).shape
     (4, 3, 16)
     >>> sketch.n_seen, sketch.n_clusters.tolist()
@@ -170,18 +149,18 @@ class AttentionSketch:
         check_finite: bool = True,
         seed: int = 0,
     ) -> None:
-        delta = None if delta is None else check_real("delta", delta, minimum=0.0)
-        check_choice("storage", storage, ("input", "int8"))
         self._start(
-            ClusterMeans(
-                budget=check_budget(max_clusters, max_bytes, compression_ratio, delta),
+            ClusterMeans.from_arguments(
+                max_clusters,
                 delta=delta,
-                window=check_integer("window", window, minimum=2, maximum=_MOST),
-                sink=check_integer("sink", sink, minimum=0, maximum=_MOST),
-                scale=None if scale is None else check_scale(scale, 1),
+                max_bytes=max_bytes,
+                compression_ratio=compression_ratio,
+                window=window,
+                sink=sink,
+                scale=scale,
                 storage=storage,
-                residual_samples=check_integer("residual_samples", residual_samples, minimum=0, maximum=_MOST),
-                seed=check_seed(seed),
+                residual_samples=residual_samples,
+                seed=seed,
             ),
             check_flag("check_finite", check_finite),
         )
@@ -190,7 +169,7 @@ class AttentionSketch:
         self._method = method
         self._finite = check_finite
         self._layout: Layout | None = None
-        self._state: MeansState | PaperState | None = None
+        self._state: State | PaperState | None = None
 
     @classmethod
     def paper(
@@ -203,7 +182,7 @@ class AttentionSketch:
         check_finite: bool = True,
         seed: int = 0,
     ) -> AttentionSketch:
-        """Algorithm 1 of SubGen, exactly.
+        """Make a sketch that runs Algorithm 1 of the paper, exactly.
 
         With queries of norm at most r and (m, delta)-clusterable keys, ``t = Omega(eps^-2 e^(2 delta r) log n)``
         and ``s = Omega(eps^-2 head_dim)`` give ``||z/tau - Attn|| <= eps ||softmax(Kq)||_2 ||V||_op`` with
@@ -219,9 +198,9 @@ class AttentionSketch:
         value_samples : int
             The paper's s: pairs sampled, with replacement, in proportion to ``||v||^2``. At least 1.
         scale : float, optional
-            Factor of the logits: 1, as in the paper; ``None`` means ``head_dim ** -0.5``.
+            Softmax scale: 1, as in the paper; ``None`` means ``head_dim ** -0.5``.
         check_finite : bool
-            Whether `update`, `step` and `attend` look for NaN and infinity.
+            Whether `update`, `step` and `attend` check for NaN and infinity.
         seed : int
             In ``[0, 2**64)``. Equal seeds give equal samples, on every library.
 
@@ -251,17 +230,11 @@ class AttentionSketch:
         >>> sketch.n_seen, int(sketch.n_clusters)
         (1000, 8)
         """
-        sketch = cls.__new__(cls)
-        sketch._start(
-            Paper(
-                delta=check_real("delta", delta, minimum=0.0),
-                t=check_integer("samples_per_cluster", samples_per_cluster, maximum=_MOST),
-                s=check_integer("value_samples", value_samples, maximum=_MOST),
-                scale=None if scale is None else check_scale(scale, 1),
-                seed=check_seed(seed),
-            ),
-            check_flag("check_finite", check_finite),
+        method = Algorithm1.from_arguments(
+            delta=delta, samples_per_cluster=samples_per_cluster, value_samples=value_samples, scale=scale, seed=seed
         )
+        sketch = cls.__new__(cls)
+        sketch._start(method, check_flag("check_finite", check_finite))
         return sketch
 
     def __repr__(self) -> str:
@@ -273,12 +246,12 @@ class AttentionSketch:
         return 0 if self._state is None else self._state.n_seen
 
     @property
-    def n_clusters(self) -> Array:
+    def n_clusters(self) -> Counts:
         """Live clusters: int64 array of the shape of the leading axes; the int 0 before the first update."""
         if self._state is None or self._layout is None:
-            return 0
-        counts = self._method.n_clusters(self._state)
-        return array_namespace(counts).reshape(counts, self._layout.leading)
+            return cast("Counts", 0)
+        counts = self._method.n_clusters(self._state)  # type: ignore[arg-type]
+        return cast("Counts", array_namespace(counts).reshape(counts, self._layout.leading))
 
     @property
     def nbytes(self) -> int:
@@ -286,7 +259,7 @@ class AttentionSketch:
         return 0 if self._state is None else nbytes(self._state)
 
     @property
-    def state(self) -> MeansState | PaperState | None:
+    def state(self) -> State | PaperState | None:
         """The current state, read-only; ``None`` before the first update."""
         return self._state
 
@@ -297,7 +270,7 @@ class AttentionSketch:
 
     @property
     def check_finite(self) -> bool:
-        """Whether NaN and infinity are looked for."""
+        """Whether NaN and infinity are checked for."""
         return self._finite
 
     @property
@@ -306,7 +279,7 @@ class AttentionSketch:
         return self._layout
 
     def resume(self, layout: Layout, state: Any) -> None:
-        """Go on from a state of the same method, as `subgen.load` does.
+        """Continue from a state of the same method.
 
         Raises
         ------
@@ -318,13 +291,13 @@ class AttentionSketch:
         self._layout, self._state = layout, state
 
     def continued(self, layout: Layout | None, state: Any) -> AttentionSketch:
-        """Return a new sketch of the same parameters that goes on from a state; this one is as it was.
+        """Return a new sketch of the same parameters that continues from a state; this one is unchanged.
 
         Parameters
         ----------
         layout : Layout or None
-        state : MeansState or PaperState or None
-            Of this kind of sketch, and nobody else's to write to.
+        state : State or PaperState or None
+            Of this kind of sketch; no other sketch may write to it.
 
         Returns
         -------
@@ -335,7 +308,7 @@ class AttentionSketch:
         return other
 
     def save(self, path: str | Path) -> None:
-        """Write the sketch to a file, to go on later with `subgen.load`: exactly, on any library.
+        """Write the sketch to a file, to continue later with `subgen.load`: exactly, on any library.
 
         The file appears whole or not at all: after a crash it is the old one, or the new.
 
@@ -346,7 +319,7 @@ class AttentionSketch:
 
         Raises
         ------
-        subgen.files.FileError
+        subgen.io.captures.FileError
             If the ending is another, the file cannot be written, or safetensors is not installed.
         TypeError
             If the path is not a str or a path.
@@ -356,13 +329,16 @@ class AttentionSketch:
         A new file gets the mode that the umask gives it, and one that is replaced keeps its own. If the path is a link,
         the file that it leads to is replaced.
         """
-        from .persist import save
+        files.save(path, self._kind, self._method.to_arguments(), self._finite, self._layout, self._state)
 
-        save(self, path)
+    @property
+    def _kind(self) -> str:
+        return next(kind for kind, method in _KINDS.items() if isinstance(self._method, method))
 
+    @_queries_by_name
     @outside_modes
-    def update(self, keys: Array, values: Array, queries: Array | None = None) -> None:
-        """Absorb a block of tokens.
+    def update(self, keys: ArrayT, values: ArrayT, *, queries: ArrayT | None = None) -> None:
+        """Take in a block of tokens.
 
         Parameters
         ----------
@@ -371,48 +347,39 @@ class AttentionSketch:
             Any ``n`` of at least 1; the shapes, library, dtype and device of the first block hold for all. Big-endian
             arrays are taken in the native byte order, and tensors that require grad without their graph.
         queries : array, shape (..., q_heads, n, head_dim), optional
-            The queries of these tokens: they teach which differences of keys matter. Without them keys are compared as
-            they are. The paper's algorithm does not use them.
+            The queries of these tokens, by keyword. The sketch uses them to choose which keys to merge; without them
+            every direction of the keys counts alike. Algorithm 1 does not use them.
 
         Raises
         ------
         TypeError, ValueError
-            As in `attention`, or if the block does not continue the stream. The sketch is then as it was.
-        OverflowError
-            If the stream would be longer than ``2**62 - 1`` tokens. The sketch is then unchanged.
-
-        Notes
-        -----
-        Memory: at most 8 temporary arrays of 2^22 numbers (2^26 on a GPU) and a few copies of the sketch, however long
-        the block. When clusters have to merge, the costs of the pairs of one stream take ``4 n^2`` bytes for each
-        thread, with n the clusters and half a window (docs/howto/numpy.md).
+            As in `attention`, or if the block does not continue the stream. The sketch is then unchanged.
         """
-        layout, keys, values, queries = self.check(keys, values, queries)
-        ops = operations_for(keys)
-        k, v = layout.flat(keys), layout.flat(values)
-        state = self._method.init(k, v) if self._state is None else self._state
-        q = None if queries is None else _by_stream(queries, layout)
-        state = self._method.update(state, k, v, q, layout.heads, ops)
+        layout, k, v, q = self.check(keys, values, queries)
+        k, v = layout.flat(k), layout.flat(v)
+        state: Any = self._method.init(k, v) if self._state is None else self._state
+        q = None if q is None else _by_stream(q, layout)
+        state = self._method.update(state, k, v, q, layout.heads)
         self._layout, self._state = layout, state
 
     @overload
-    def attend(self, queries: Array) -> Array: ...
+    def attend(self, queries: ArrayT) -> ArrayT: ...
 
     @overload
-    def attend(self, queries: Array, *, return_logsumexp: Literal[True]) -> tuple[Array, Array]: ...
+    def attend(self, queries: ArrayT, *, return_logsumexp: Literal[True]) -> tuple[ArrayT, ArrayT]: ...
 
     @overload
-    def attend(self, queries: Array, *, return_error: Literal[True]) -> tuple[Array, Array]: ...
+    def attend(self, queries: ArrayT, *, return_error: Literal[True]) -> tuple[ArrayT, ArrayT]: ...
 
     @overload
     def attend(
-        self, queries: Array, *, return_error: bool = False, return_logsumexp: bool = False
-    ) -> Array | tuple[Array, ...]: ...
+        self, queries: ArrayT, *, return_error: bool = False, return_logsumexp: bool = False
+    ) -> ArrayT | tuple[ArrayT, ...]: ...
 
     @outside_modes
     def attend(
-        self, queries: Array, *, return_error: bool = False, return_logsumexp: bool = False
-    ) -> Array | tuple[Array, ...]:
+        self, queries: Any, *, return_error: bool = False, return_logsumexp: bool = False
+    ) -> Any | tuple[Any, ...]:
         """Answer queries from everything seen so far.
 
         Parameters
@@ -421,11 +388,10 @@ class AttentionSketch:
             ``q_heads`` is a multiple of ``kv_heads``.
         return_error : bool
             Whether to answer by the corrected estimator and return its standard error: what the means miss is
-            estimated without bias from ``residual_samples`` tokens. Less accurate than as many more clusters, but it
-            tells how accurate.
+            estimated without bias from ``residual_samples`` tokens. It is less accurate than as many more clusters.
         return_logsumexp : bool
-            Whether to return the logarithm of the denominator too. With it the answer can be merged with that over
-            other tokens, see `subgen.weighted.merge_attention`.
+            Whether to return the logarithm of the denominator too. With it the answer can be merged with the answer
+            over other tokens, see `subgen.softmax.merge_attention`.
 
         Returns
         -------
@@ -433,7 +399,7 @@ class AttentionSketch:
             In the dtype of the input. Where the estimate exceeds that dtype it is the largest number of it.
         error : array, shape (..., q_heads, m, value_dim)
             Standard error of each number, in float32 at least; if ``return_error``. It is that of the sample alone:
-            too small where attention goes to tokens that the sample has none of.
+            too small where attention goes to tokens that the sample misses.
         logsumexp : array, shape (..., q_heads, m)
             In float32 at least; if ``return_logsumexp``.
 
@@ -443,11 +409,6 @@ class AttentionSketch:
             If nothing was seen yet.
         TypeError, ValueError
             As in `attention`, or if ``return_error`` and the sketch was made without ``residual_samples``.
-
-        Notes
-        -----
-        Memory: at most 8 temporary arrays of 2^22 numbers (2^26 on a GPU), and the result once more, however many
-        queries and clusters there are. 16-bit and int8 clusters may be cast once (docs/howto/numpy.md).
         """
         if self._state is None or self._layout is None:
             raise RuntimeError("the sketch is empty: call update (or step) with keys and values before attend")
@@ -461,21 +422,25 @@ class AttentionSketch:
         numbers = math.prod(queries.shape[:-2]) * max(self._layout.head_dim, self._layout.value_dim)
         parts = pieces(queries.shape[-2], numbers, queries)
         if len(parts) == 1:
-            answer = self._answer(queries, return_error, return_logsumexp)
+            answer = self._answer(queries, self._layout, return_error, return_logsumexp)
         else:
-            some = [self._answer(queries[..., part, :], return_error, return_logsumexp) for part in parts]
+            layout = self._layout
+            some = [self._answer(queries[..., part, :], layout, return_error, return_logsumexp) for part in parts]
             answer = [concat(of_parts, axis=queries.ndim - 2) for of_parts in zip(*some, strict=True)]
         return answer[0] if len(answer) == 1 else tuple(answer)
 
-    def _answer(self, queries: Array, return_error: bool, return_logsumexp: bool) -> list[Array]:
-        """Answer queries that are checked; the outputs first, then what else is wanted."""
-        rows = fold_groups(self._scaled(queries), self._layout.kv_heads)  # type: ignore[union-attr]
-        method, ops = self._method, operations_for(queries)
+    def _answer(self, queries: Array, layout: Layout, return_error: bool, return_logsumexp: bool) -> list[Array]:
+        """Answer queries that are checked; the outputs first, then the error and the logsumexp where wanted."""
+        rows, method, state = (
+            fold_groups(self._scaled(queries), layout.kv_heads),
+            self._method,
+            cast("Any", self._state),
+        )
         if return_error:
-            output, error, logsumexp = method.attend_with_error(self._state, rows, ops)  # type: ignore[attr-defined]
+            output, error, logsumexp = method.attend_with_error(state, rows)  # type: ignore[union-attr]
         else:
-            output, logsumexp = method.attend(self._state, rows, ops)
-        answer = [narrow(unfold_groups(output, queries.shape), queries)]
+            output, logsumexp = method.attend(state, rows)
+        answer = [saturating_cast(unfold_groups(output, queries.shape), queries)]
         if return_error:
             answer.append(unfold_groups(error, queries.shape))
         if return_logsumexp:
@@ -483,8 +448,8 @@ class AttentionSketch:
         return answer
 
     @outside_modes
-    def step(self, queries: Array, keys: Array, values: Array) -> Array:
-        """Absorb a block and answer the query of each of its tokens: ``update`` and ``attend``, token by token.
+    def step(self, queries: ArrayT, keys: ArrayT, values: ArrayT) -> ArrayT:
+        """Take in a block and answer the query of each of its tokens: ``update`` and ``attend``, token by token.
 
         Parameters
         ----------
@@ -501,20 +466,15 @@ class AttentionSketch:
         Raises
         ------
         TypeError, ValueError
-            As in `update`, or if there are not as many queries as tokens. The sketch is then as it was.
-
-        Notes
-        -----
-        Memory: that of `update`, and the result once more; a few queries are answered at a time.
+            As in `update`, or if there are not as many queries as tokens. The sketch is then unchanged.
         """
-        layout, keys, values, queries = self.check(keys, values, queries)
-        ops = operations_for(keys)
-        k, v = layout.flat(keys), layout.flat(values)
-        state = self._method.init(k, v) if self._state is None else self._state
-        state, output = self._method.step(state, _by_stream(queries, layout), k, v, layout.heads, ops)
-        output = narrow(unfold_groups(output, queries.shape), queries)
+        layout, k, v, q = self.check(keys, values, queries)
+        k, v = layout.flat(k), layout.flat(v)
+        state: Any = self._method.init(k, v) if self._state is None else self._state
+        state, output = self._method.step(state, _by_stream(q, layout), k, v, layout.heads)
+        answer: ArrayT = saturating_cast(unfold_groups(output, q.shape), q)
         self._layout, self._state = layout, state
-        return output
+        return answer
 
     def take(self, indices: Array | Sequence[int]) -> AttentionSketch:
         """Return a new sketch with these entries of the first leading axis, in this order: rows of a batch.
@@ -530,12 +490,12 @@ class AttentionSketch:
         Returns
         -------
         AttentionSketch
-            This sketch is as it was.
+            This sketch is unchanged.
 
         Raises
         ------
         RuntimeError
-            If nothing was seen yet: there is nothing to take from, start another sketch.
+            If nothing was seen yet.
         TypeError, ValueError
             If the stream has no axis before that of the heads, or the indices are not one axis of integers in range.
 
@@ -586,7 +546,7 @@ class AttentionSketch:
         keys, values = check_block(keys, values, finite=self._finite)
         layout = self._layout
         if layout is None:
-            # Made anew: a slice would keep the whole first block alive.
+            # A new array: a slice would keep the whole first block alive.
             example = array_namespace(keys).zeros((0, keys.shape[-1]), dtype=keys.dtype, device=keys.device)
             layout = Layout(tuple(keys.shape[:-2]), keys.shape[-1], values.shape[-1], example)
         else:
@@ -641,13 +601,54 @@ def _indices(indices: Any, layout: Layout) -> Array:
 
 def _take_streams(state: Any, index: Array) -> Any:
     """Gather the first axis, that of the streams, of every array of a state."""
-    taken: dict[str, Any] = {}
-    for field in fields(state):
-        value = getattr(state, field.name)
-        if is_dataclass(value):
-            taken[field.name] = _take_streams(value, index)
-        elif hasattr(value, "shape"):
-            taken[field.name] = array_namespace(value).take(value, index, axis=0)
-        elif isinstance(value, Tail):
-            taken[field.name] = Tail(state.n_exact)  # the arrays are new
-    return replace(state, **taken)
+    taken = tree_map(lambda x: array_namespace(x).take(x, index, axis=0), state)
+    if isinstance(taken, State):  # the arrays are new
+        taken = replace(taken, exact=replace(taken.exact, owner=BufferOwner(taken.exact.n)))
+    return taken
+
+
+def load(path: str | Path, like: Array | None = None) -> AttentionSketch:
+    """Load a sketch written by `subgen.AttentionSketch.save`, to continue from there.
+
+    Nothing in the file is executed. On the same library the sketch continues bit for bit as the saved one would have.
+    On another, later discrete decisions are those of that library's arithmetic.
+
+    Parameters
+    ----------
+    path : str or Path
+    like : array, optional
+        An array of the library, device and dtype to continue with; ``None`` means NumPy and the dtype that was saved.
+
+    Returns
+    -------
+    AttentionSketch
+
+    Raises
+    ------
+    subgen.io.captures.FileError
+        If the file is missing, cannot be read, is cut short, altered, foreign or of a newer version, or holds
+        bfloat16, which NumPy has no dtype for, and no ``like`` was given.
+    TypeError
+        If ``like`` is not an array of a dtype that sketches compute with.
+    MemoryError
+        If memory does not suffice.
+
+    Examples
+    --------
+    >>> import numpy as np, subgen, tempfile, pathlib
+    >>> keys = np.random.default_rng(0).normal(size=(2, 500, 8))
+    >>> sketch = subgen.AttentionSketch(32, window=16)
+    >>> sketch.update(keys[:, :300], keys[:, :300])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sketch.save(pathlib.Path(folder) / "sketch.safetensors")
+    ...     resumed = subgen.load(pathlib.Path(folder) / "sketch.safetensors")
+    >>> for each in (sketch, resumed):
+    ...     each.update(keys[:, 300:], keys[:, 300:])
+    >>> bool(np.all(sketch.attend(keys) == resumed.attend(keys)))
+    True
+    """
+    method, finite, layout, state = files.load(path, like, _KINDS)
+    sketch = AttentionSketch.__new__(AttentionSketch)
+    sketch._start(method, finite)
+    sketch._layout, sketch._state = layout, state
+    return sketch

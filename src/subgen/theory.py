@@ -38,7 +38,7 @@ def sample_sizes(eps: float, *, delta: float, query_norm: float, value_dim: int,
     delta : float
         Radius of the clusters.
     query_norm : float
-        The paper's r: bound of the norm of a query, times the factor of the logits.
+        The paper's r: bound of the norm of a query, times the softmax scale.
     value_dim : int
         Dimension of the values.
     failure : float
@@ -69,7 +69,7 @@ def sample_sizes(eps: float, *, delta: float, query_norm: float, value_dim: int,
     exponent = delta * query_norm
     if exponent > _LARGEST_EXPONENT:
         raise OverflowError(
-            f"delta * query_norm is {exponent:.4g}: the theorem asks for about e^{2 * exponent:.0f} samples per "
+            f"delta * query_norm is {exponent:.4g}: the theorem needs about e^{2 * exponent:.0f} samples per "
             f"cluster; choose a smaller delta"
         )
     t = 2.0 * math.sinh(exponent) ** 2 / (failure * (eps / 3.0) ** 2)
@@ -91,15 +91,15 @@ def mass_bounds(query_norm: float, radius: float, *, corrected: bool = True) -> 
     Let every member of a cluster lie within ``radius`` of its mean, and ``x = <q, k - mean>``. The x of the members
     average to zero and lie in [-a, a], ``a = query_norm * radius``. By Jensen's inequality and convexity (the chord of
     exp over [-a, a]) ``1 <= mean e^x <= cosh(a)``: the true mass over ``n e^<q, mean>`` lies there, and an error in
-    the denominator of attention is of second order in a. The correction of `subgen.mass.log_weights` multiplies that
-    by a factor of 1 to ``e^(a^2 / 2)``, since the variance it believes is at most ``a^2``; then the ratio is at least
-    ``e^(-a^2 / 2)``. The denominator of the sketch is off by no more than that either: it is a sum of masses, and the
-    exact tokens have ratio 1.
+    the denominator of attention is of second order in a. The correction of `subgen.default.attend.log_weights`
+    multiplies that by a factor of 1 to ``e^(a^2 / 2)``, since its variance is at most ``a^2``; then the ratio is at
+    least ``e^(-a^2 / 2)``. The denominator of the sketch is off by no more than that either: it is a sum of masses, and
+    the exact tokens have ratio 1.
 
     Parameters
     ----------
     query_norm : float
-        Bound of the norm of a query, times the factor of the logits.
+        Bound of the norm of a query, times the softmax scale.
     radius : float
         Largest distance of a member to the mean of its cluster, in the units of the keys. With ``delta`` it is at
         most ``2 * delta``.
@@ -113,7 +113,7 @@ def mass_bounds(query_norm: float, radius: float, *, corrected: bool = True) -> 
     Raises
     ------
     TypeError, ValueError
-        If an argument is no finite number of at least 0.
+        If an argument is not a finite number of at least 0.
 
     Examples
     --------
@@ -162,7 +162,7 @@ def output_bound(
     Raises
     ------
     TypeError, ValueError
-        If an argument is no finite number of at least 0.
+        If an argument is not a finite number of at least 0.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""Runs the CUDA kernels of a backend on the CPU: `EmulatedDevice` stands in for a GPU in the tests.
+"""Run the CUDA kernels on the CPU: `EmulatedDevice` replaces a GPU in the tests.
 
-The same launches that a GPU gets, with the addresses of NumPy arrays; see `emulation.h` for what a launch does here.
+It runs the same launches as a GPU, with the addresses of NumPy arrays; `emulation.h` describes how.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from subgen_cupy._launch import Launch, Module, element, elements, stream_step
+from subgen_cupy.launch import Launch, Module, element, elements, stream_step
 
 __all__ = ["FOLDER", "EmulatedDevice", "EmulationError", "barriers", "compiler", "library", "sanitizer", "sanitizing"]
 
-#: Variable of the environment with a folder for what is compiled, if several processes are to share it.
+#: Environment variable: a folder for compiled kernels, if several processes are to share them.
 FOLDER = "CUDA_EMULATION"
 
 _HERE = Path(__file__).parent
 _KERNEL = re.compile(
-    r"__global__\s+void\s+(?:TOGETHER\s+|__cluster_dims__\([^)]*\)\s*)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\("
+    r"__global__\s+void\s+(?:BLOCK_CLUSTER\s+|__cluster_dims__\([^)]*\)\s*)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\("
 )
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\s*\[\s*\]\s*;")
 
 
 class EmulationError(RuntimeError):
-    """A launch did what is undefined on a GPU."""
+    """A launch whose behaviour is undefined on a GPU."""
 
 
 def compiler() -> str | None:
@@ -50,7 +50,7 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _made(name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder of a name, which is made whole or not at all: another process may make the same."""
+    """Return a folder of a name, and make it if it does not exist, in one step: another process may make the same."""
     base = Path(os.environ.get(FOLDER) or _own_folder().name)
     if not (base / name).exists():
         made = Path(tempfile.mkdtemp(dir=base))
@@ -78,7 +78,7 @@ def _compile(*arguments: str) -> None:
 
 @functools.cache
 def _header(sanitize: bool) -> Path:
-    """Folder with the header, compiled in advance: it is most of what there is to read."""
+    """Return a folder with the precompiled header, which takes most of the time of a compilation."""
 
     def make(folder: Path) -> None:
         header = Path(shutil.copy(_HERE / "emulation.h", folder))
@@ -127,7 +127,7 @@ def barriers(module: Module) -> list[int]:
 
 @dataclass
 class EmulatedDevice:
-    """A device for NumPy arrays; see `subgen_cupy._launch.Device`.
+    """A device for NumPy arrays; see `subgen_cupy.launch.Device`.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class EmulatedDevice:
     removed : int
         Line of a barrier to leave out, -1 for none.
     edit : (str, str)
-        Text of the kernels, and what to put in its place.
+        A text in the source, and its replacement.
     """
 
     seed: int = 1
@@ -149,7 +149,7 @@ class EmulatedDevice:
     clusters: bool = False
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Filled with NaN, or with all bits set: what is not written shows."""
+        """Allocate, filled with NaN or with all bits set, so that an element that is not written shows."""
         kind = np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
         return np.full(int(np.prod(shape)) * kind.itemsize, 255, dtype=np.uint8).view(kind).reshape(shape)
 
@@ -164,9 +164,9 @@ class EmulatedDevice:
         kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype or element(x.dtype), dtype or x.dtype)
         x = np.require(x, dtype=kind, requirements="CA")
         if x.ctypes.data % 16:
-            room = np.empty(x.nbytes + 16, dtype=np.uint8)
-            start = -room.ctypes.data % 16
-            aligned = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+            space = np.empty(x.nbytes + 16, dtype=np.uint8)
+            start = -space.ctypes.data % 16
+            aligned = space[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
             aligned[...] = x
             x = aligned
         return x
@@ -221,7 +221,7 @@ def sanitizer() -> str | None:
 
 def sanitizing(asan: str) -> dict[str, str]:
     """Return the environment of a process whose kernels are to be watched by the address sanitizer."""
-    # Stacks that are swapped, and a Python that was not built with it, are what it would complain about otherwise.
+    # Without these, it reports swapped stacks, and a Python that was built without it.
     options = "detect_leaks=0,detect_stack_use_after_return=0"
     path = os.pathsep.join(filter(None, [str(_HERE.parent), os.environ.get("PYTHONPATH", "")]))
     return {"LD_PRELOAD": asan, "ASAN_OPTIONS": options, "PYTHONPATH": path}

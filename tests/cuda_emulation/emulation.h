@@ -1,9 +1,9 @@
 // Executes CUDA C++ kernels on the CPU, for tests (g++ -std=c++17).
 //
 // One fiber per CUDA thread; blocks, or clusters of them, run one after the other on one core. A fiber runs until it waits
-// for its warp, its block or its cluster, then another one is drawn at random: what a missing barrier leaves to chance goes wrong here for some seed.
-// Shared memory is filled with NaN before every block. Barriers and shuffles that not all of their threads reach are
-// errors, not undefined. What it cannot show: timing, memory order between blocks, and rounding of fast intrinsics.
+// for its warp, its block or its cluster, then another one is drawn at random: where a barrier is missing, some seed gives
+// a wrong result. Shared memory is filled with NaN before every block. Barriers and shuffles that not all of their threads
+// reach are errors, not undefined. Not emulated: timing, memory order between blocks, and rounding of fast intrinsics.
 #pragma once
 #define CUDA_EMULATION 1
 
@@ -136,11 +136,11 @@ inline void warp_barrier(int line, unsigned mask = 0xffffffffu) {
   if (line != removed_barrier) wait(WAITS_FOR_WARP, line, mask);
 }
 
-// Lets the lanes of a warp go on that wait at the same place, all of their mask.
+// Resumes lanes of a warp if all lanes of their mask wait at the same place.
 inline void release(Fiber* lanes, unsigned count) {
   for (unsigned i = 0; i < count; i++) {
     if (lanes[i].state != WAITS_FOR_WARP) continue;
-    // Lanes that a block of fewer than 32 threads does not have need not come.
+    // A block of fewer than 32 threads does not have all lanes.
     unsigned mask = lanes[i].mask & (count == 32 ? 0xffffffffu : (1u << count) - 1);
     bool all = true;
     for (unsigned j = 0; j < count && all; j++)
@@ -152,7 +152,7 @@ inline void release(Fiber* lanes, unsigned count) {
   }
 }
 
-// Where a variable of shared memory lies that a peer has, too.
+// The address of a variable of shared memory in a peer.
 inline void* of_peer(const void* p, unsigned rank) {
   if (rank >= cluster->size()) { fail("a block that the cluster does not have"); return (void*)p; }
   Block& peer = (*cluster)[rank];
@@ -171,7 +171,7 @@ inline void enter(Block& b) {
   block = &b;
 }
 
-// Lets the fibers go on that wait for all others, of a block or a cluster. What is wrong if they cannot.
+// Resumes the fibers of a block or a cluster if all of them wait. Returns the error if they never will.
 inline const char* meet(Block* blocks, size_t count, State state, const char* apart, const char* alone, bool& met) {
   int line = -1;
   size_t waiting = 0, done = 0, all = 0;
@@ -202,18 +202,18 @@ inline const char* run(std::vector<Block>& peers, bool shuffled) {
     for (unsigned k = 0; k < peers.size(); k++) {
       auto& fibers = peers[k].fibers;
       const size_t before = ready.size();
-      const auto look = [&] {
+      const auto find_ready = [&] {
         for (unsigned w = 0; w < warps; w++)
           for (unsigned i = w * WARP; i < std::min(n, (w + 1) * WARP); i++)
             if (fibers[i].state == RUNS) { ready.push_back(k * warps + w); break; }
       };
-      look();
+      find_ready();
       if (ready.size() == before) {
         bool met = false;
         const char* wrong = meet(&peers[k], 1, WAITS_FOR_BLOCK, "__syncthreads() reached at two places at once",
                                  "__syncthreads() that some threads left out", met);
         if (wrong) return wrong;
-        if (met) look();
+        if (met) find_ready();
       }
       for (auto& f : fibers) done = done && f.state == DONE;
     }
@@ -226,11 +226,11 @@ inline const char* run(std::vector<Block>& peers, bool shuffled) {
       if (met) continue;
       return "deadlock: a warp or block barrier that not all of its threads reach";
     }
-    // Mostly stay with one warp until it waits for the block, the widest gap between warps; sometimes take turns.
+    // Mostly stay with one warp until it waits for the block, so that warps are far apart; sometimes draw another.
     if (!shuffled) chosen = ready[0];
     else if (draw(8) == 0 || std::find(ready.begin(), ready.end(), chosen) == ready.end()) {
       chosen = ready[draw(ready.size())];
-      // And with one block, which then is far ahead of its peers.
+      // And with one block, so that it is far ahead of its peers.
       if (peers.size() > 1) {
         if (draw(1000) == 0) ahead = draw(peers.size());
         const auto first = std::lower_bound(ready.begin(), ready.end(), ahead * warps);
@@ -277,21 +277,21 @@ const char* launch(dim3 grid, dim3 size, unsigned peers, size_t shared, uint64_t
     b.fibers.resize(n);
     b.size = size;
     b.grid = grid;
-    // As long as was asked for: the address sanitizer then sees what lies outside.
+    // Exactly the requested size, so that the address sanitizer finds accesses beyond it.
     b.memory.reset((char*)aligned_alloc(16, std::max<size_t>(16, (shared + 15) / 16 * 16)));
     b.dynamic = b.memory.get();
   }
   generator = seed * 0x9e3779b97f4a7c15ull + 1;
-  std::vector<unsigned> turn(blocks / peers);
-  for (unsigned i = 0; i < turn.size(); i++) turn[i] = i;
+  std::vector<unsigned> order_of_blocks(blocks / peers);
+  for (unsigned i = 0; i < order_of_blocks.size(); i++) order_of_blocks[i] = i;
   if (seed)
-    for (unsigned i = turn.size(); i > 1; i--) std::swap(turn[i - 1], turn[draw(i)]);
+    for (unsigned i = order_of_blocks.size(); i > 1; i--) std::swap(order_of_blocks[i - 1], order_of_blocks[draw(i)]);
   const char* wrong = nullptr;
-  for (unsigned k = 0; k < turn.size() && !wrong; k++) {
+  for (unsigned k = 0; k < order_of_blocks.size() && !wrong; k++) {
     block = nullptr;
     for (unsigned rank = 0; rank < peers; rank++) {
       Block& b = together[rank];
-      const unsigned i = turn[k] * peers + rank;
+      const unsigned i = order_of_blocks[k] * peers + rank;
       b.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
       memset(b.dynamic, 0xff, shared);
       b.statics.assign(statics, (char)0xff);
@@ -317,7 +317,7 @@ const char* call(void (*kernel)(A...), void** a, std::index_sequence<I...>, cons
 template <class... A>
 const char* call(void (*kernel)(A...), const unsigned* d, size_t shared, void** a, const unsigned* sizes, unsigned count,
                  uint64_t seed) {
-  // A wrong size is how a wrong argument shows: on a device it would be silent.
+  // A wrong argument has a wrong size as a rule; a device would not report it.
   const size_t expected[] = {sizeof(A)..., 0};
   if (count != sizeof...(A)) return "wrong number of arguments";
   for (unsigned i = 0; i < count; i++)
@@ -328,7 +328,7 @@ const char* call(void (*kernel)(A...), const unsigned* d, size_t shared, void** 
 inline unsigned lane() { return block->current->index % WARP; }
 inline Fiber* lanes() { return block->current - lane(); }
 
-// Every lane of the mask leaves a value, then looks at another one's.
+// Every lane of the mask writes a value, then reads that of another lane.
 template <class T>
 T exchange(unsigned mask, T value, int line, unsigned source, bool inside) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");

@@ -1,14 +1,14 @@
-// Put before every other file: the types keys are stored in, and sums over a warp. No header of the CUDA toolkit is
-// needed, so the driver's compiler alone is enough.
+// Put before every other file: the types that keys are stored in, and sums over a warp. Includes no header of the CUDA
+// toolkit, so the driver's compiler alone is enough.
 
 struct float16 { unsigned short bits; };
 struct bfloat16 { unsigned short bits; };
 
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(signed char x) { return (float)x; }
-__device__ __forceinline__ float widen(bfloat16 x) { return __int_as_float((int)((unsigned)x.bits << 16)); }
-__device__ __forceinline__ float widen(float16 x) {
+__device__ __forceinline__ double upcast(double x) { return x; }
+__device__ __forceinline__ float upcast(float x) { return x; }
+__device__ __forceinline__ float upcast(signed char x) { return (float)x; }
+__device__ __forceinline__ float upcast(bfloat16 x) { return __int_as_float((int)((unsigned)x.bits << 16)); }
+__device__ __forceinline__ float upcast(float16 x) {
 #ifdef CUDA_EMULATION
   return emulation::half_to_float(x.bits);
 #else
@@ -18,36 +18,37 @@ __device__ __forceinline__ float widen(float16 x) {
 #endif
 }
 
-// To the nearest, ties to even; what is too large becomes infinite.
-__device__ __forceinline__ void narrow(float x, float& narrow) { narrow = x; }
-__device__ __forceinline__ void narrow(float x, float16& narrow) {
+// Rounds to nearest, ties to even; numbers that are too large become infinite.
+__device__ __forceinline__ void cast(float x, float& to) { to = x; }
+__device__ __forceinline__ void cast(float x, float16& to) {
 #ifdef CUDA_EMULATION
-  narrow.bits = emulation::float_to_half(x);
+  to.bits = emulation::float_to_half(x);
 #else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #endif
 }
-__device__ __forceinline__ void narrow(float x, bfloat16& narrow) {
+__device__ __forceinline__ void cast(float x, bfloat16& to) {
   const unsigned bits = (unsigned)__float_as_int(x);
-  narrow.bits = x == x ? (unsigned short)(bits + 0x7fffu + (bits >> 16 & 1u) >> 16) : (unsigned short)0x7fffu;
+  to.bits = x == x ? (unsigned short)(bits + 0x7fffu + (bits >> 16 & 1u) >> 16) : (unsigned short)0x7fffu;
 }
 
-// The same, but the largest number of the type instead of infinity; NaN stays.
+// The same, but with the largest number of the type instead of infinity; NaN stays NaN.
 __device__ __forceinline__ float largest(const float16*) { return 65504.0f; }
 __device__ __forceinline__ float largest(const bfloat16*) { return 3.3895313892515355e38f; }
-__device__ __forceinline__ void narrow_within(float x, float& narrow) { narrow = x; }
+__device__ __forceinline__ void saturating_cast(float x, float& to) { to = x; }
 template <class T>
-__device__ __forceinline__ void narrow_within(float x, T& to) {
-  const float most = largest((const T*)nullptr);
-  narrow(x < -most ? -most : x > most ? most : x, to);
+__device__ __forceinline__ void saturating_cast(float x, T& to) {
+  const float high = largest((const T*)nullptr);
+  cast(x < -high ? -high : x > high ? high : x, to);
 }
 
-// What grows as a square, and scales of codes: in 16 bits roots, and in another unit; see `subgen.rounding`.
-__device__ __forceinline__ float widen_root(float x) { return x; }
+// 16 bits store the roots of numbers that grow as squares, and scales of codes in another unit; see
+// `subgen.default.quantization`.
+__device__ __forceinline__ float upcast_root(float x) { return x; }
 template <class T>
-__device__ __forceinline__ float widen_root(T x) {
-  const float root = widen(x), most = 9.223372036854775808e18f;
-  return root > most ? most * most : root * root;
+__device__ __forceinline__ float upcast_root(T x) {
+  const float root = upcast(x), high = 9.223372036854775808e18f;
+  return root > high ? high * high : root * root;
 }
 __device__ __forceinline__ float root_for(float x, const float*) { return x; }
 template <class T>
@@ -56,7 +57,7 @@ __device__ __forceinline__ float scale_unit(const float*) { return 1.0f; }
 template <class T>
 __device__ __forceinline__ float scale_unit(const T*) { return 0.015625f; }
 template <class T>
-__device__ __forceinline__ float widen_scale(T x) { return widen(x) * scale_unit((const T*)nullptr); }
+__device__ __forceinline__ float upcast_scale(T x) { return upcast(x) * scale_unit((const T*)nullptr); }
 
 constexpr unsigned EVERY_LANE = 0xffffffffu;
 
@@ -66,7 +67,7 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// The smallest number of a warp and the first index that has it, known to every lane.
+// The smallest number of a warp and the first index that has it, in every lane.
 template <class T>
 __device__ __forceinline__ void warp_argmin(T& least, int& index) {
   for (int step = 16; step; step /= 2) {
@@ -92,16 +93,17 @@ __device__ __forceinline__ void warp_first(unsigned& bits, unsigned& index) {
 #endif
 }
 
-// A vector in 8 bits with one scale, to nearest, by a warp; see `subgen.rounding.quantize`. `read(d)` gives its numbers.
+// Quantizes a vector to int8 with one scale, to nearest, by a warp; see `subgen.default.quantization.quantize`.
+// `read(d)` returns its numbers.
 template <class Read>
-__device__ __forceinline__ void to_8_bits(Read read, int dim, signed char* codes, float* scale) {
+__device__ __forceinline__ void to_int8(Read read, int dim, signed char* codes, float* scale) {
   const int lane = threadIdx.x % 32;
   float peak = 0.0f;
   for (int d = lane; d < dim; d += 32) peak = fmaxf(peak, fabsf(read(d)));
   for (int step = 16; step; step /= 2) peak = fmaxf(peak, __shfl_xor_sync(EVERY_LANE, peak, step));
   const float unit = peak / 127.0f;
   for (int d = lane; d < dim; d += 32) {
-    // The largest keeps its code, and with it the scale of the next rounding.
+    // The largest element keeps its code, and so the scale of the next rounding.
     const float x = read(d), code = fabsf(x) == peak ? copysignf(127.0f, x) : rintf(x / unit);
     codes[d] = unit > 0.0f ? (signed char)(int)fminf(fmaxf(code, -127.0f), 127.0f) : (signed char)0;
   }
@@ -110,7 +112,7 @@ __device__ __forceinline__ void to_8_bits(Read read, int dim, signed char* codes
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
-// Neighbouring numbers of a row, read and written at once: four where rows are whole fours, and then aligned to them.
+// Neighbouring numbers of a row, read and written at once: four where the length of rows is a multiple of four.
 template <class T, int N> struct alignas(N * sizeof(T)) Part { T of[N]; };
 template <int N, class T>
 __device__ __forceinline__ Part<T, N> read_part(const T* from) {

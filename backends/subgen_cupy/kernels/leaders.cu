@@ -1,17 +1,17 @@
-// The leader rule for a block of keys, as if they came one by one. Distances in float64, in the form of
-// `subgen.clustering.squared_distances`, so that decisions agree.
+// The leader rule for a block of keys, as if they came one by one. Distances are computed in float64 as in
+// `subgen.leaders.squared_distances`, so that decisions agree.
 //
 // `nearest_centres`: the nearest representative of each key; a product of matrices in tiles of TILE x TILE.
-// `open_leaders`: a block of threads per stream takes one turn per cluster that opens, and never asks the host.
+// `open_leaders`: a block of threads per stream, one step per cluster that opens, without the host.
 //
 // Set by the launcher: ELEMENT.
 
 constexpr int TILE = 32;
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int SHARE = TILE / WARPS;  // keys of a tile that a warp looks after
+constexpr int SHARE = TILE / WARPS;  // keys of a tile for each warp
 
-__device__ __forceinline__ double wide(ELEMENT x) { return (double)widen(x); }
+__device__ __forceinline__ double wide(ELEMENT x) { return (double)upcast(x); }
 
 __device__ __forceinline__ double squared_distance(double norms, double product, int head_dim) {
   const double squared = norms - 2.0 * product;
@@ -51,7 +51,7 @@ nearest_centres(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ ce
   for (int first = 0; first < live; first += TILE) {
     double product[SHARE] = {}, centre_norm = 0.0;
     for (int start = 0; start < head_dim; start += TILE) {
-      __syncthreads();  // the tiles of the turn before are done with
+      __syncthreads();  // the tiles of the step before have been read
 #pragma unroll
       for (int s = 0; s < SHARE; s++) {
         const int row = warp * SHARE + s, d = start + lane;
@@ -91,8 +91,8 @@ nearest_centres(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ ce
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-open_leaders(const ELEMENT* __restrict__ keys, const long long* __restrict__ n_clusters, int n, int head_dim, double delta,
-             double* __restrict__ nearest, long long* __restrict__ assignment, bool* __restrict__ opened) {
+open_leaders(const ELEMENT* __restrict__ keys, const long long* __restrict__ n_clusters, int n, int head_dim,
+             double delta, double* __restrict__ nearest, long long* __restrict__ assignment, bool* __restrict__ opened) {
   __shared__ int found;
   const long long stream = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -105,7 +105,7 @@ open_leaders(const ELEMENT* __restrict__ keys, const long long* __restrict__ n_c
   int from = 0;
   for (;;) {
     if (threadIdx.x == 0) found = n;
-    __syncthreads();  // found is reset; what the turn before wrote is seen
+    __syncthreads();  // found is reset; the step before has been written
     for (int i = from + threadIdx.x; i < n; i += THREADS)
       if (sqrt(nearest[i]) > delta) {
         atomicMin(&found, i);
@@ -114,14 +114,14 @@ open_leaders(const ELEMENT* __restrict__ keys, const long long* __restrict__ n_c
     __syncthreads();  // found
     const int leader = found;
     if (leader == n) return;
-    __syncthreads();  // everyone has read found
+    __syncthreads();  // found has been read
     if (threadIdx.x == 0) {
       nearest[leader] = 0.0;
       assignment[leader] = next_cluster;
       opened[leader] = true;
     }
     const ELEMENT* own = keys + (long long)leader * head_dim;
-    // Tokens before the leader have had their say.
+    // A leader does not change the assignment of tokens before it.
     for (int i = leader + 1 + warp; i < n; i += WARPS) {
       const ELEMENT* other = keys + (long long)i * head_dim;
       double norms = 0.0, product = 0.0;

@@ -1,0 +1,3 @@
+"""Files: saved sketches, and captured queries, keys and values."""
+
+__all__: list[str] = []
