@@ -18,6 +18,8 @@ __all__ = ["OPTIONS", "SUMS", "finish", "of_stream", "subview", "take_next", "vi
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 #: Sums in any order, and fused with products. NaN and infinity are what they are.
 SUMS = {"reassoc", "contract", "nsz"}
+# Some twenty microseconds.
+_SPINS = 2000
 
 
 @intrinsic
@@ -103,7 +105,7 @@ def subview(context: Any, x: Any, start: Any, end: Any) -> Any:
 
 @njit(**OPTIONS)
 def take_next(tickets: Any) -> Any:
-    """Take the number of the next stream, from two numbers that all threads share and that begin with 0."""
+    """Take the number of the next stream, from three numbers that all threads share and that begin with 0."""
     return _add(tickets, 0, 1)
 
 
@@ -115,6 +117,11 @@ def finish(tickets: Any) -> None:
 
 @njit(**OPTIONS)
 def wait(tickets: Any, streams: Any) -> None:
-    """Wait until all are done: never longer than another thread takes for one."""
-    while _add(tickets, 1, 0) < streams:
-        pass
+    """Wait until all streams are done, or leave it to `subgen_numpy._parallel.parallel_for` if it takes long.
+
+    A thread that spins takes the processor from the one it waits for, if another process has the others.
+    """
+    for _ in range(_SPINS):
+        if _add(tickets, 1, 0) >= streams:
+            return
+    tickets[2] = streams

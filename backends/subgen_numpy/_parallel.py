@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -24,6 +25,8 @@ __all__ = ["by_streams", "parallel_for", "thread_limit", "threads"]
 
 # More than there are streams.
 _ALL = 2**62
+# Seconds between looks at work that takes long.
+_PAUSE = 5e-5
 
 _limit: ContextVar[int | None] = ContextVar("threads", default=None)
 
@@ -87,7 +90,7 @@ def parallel_for(work: Callable[[NDArray[np.int64], bool], Any], most: int, *, b
     blas : bool
         Whether the work calls BLAS; see `by_streams`.
     """
-    tickets, errors = np.zeros(2, np.int64), []
+    tickets, errors = np.zeros(3, np.int64), []
 
     def help_out() -> None:
         if tickets[0] >= _ALL:  # all was done before this thread was free
@@ -98,14 +101,18 @@ def parallel_for(work: Callable[[NDArray[np.int64], bool], Any], most: int, *, b
             errors.append(error)
             tickets[1] = _ALL  # no thread waits for the streams of this one
 
+    def run(helpers: int) -> None:
+        _helpers.submit(help_out, helpers)
+        work(tickets, True)
+        while tickets[1] < tickets[2]:  # see `subgen_numpy._numba_streams.wait`
+            time.sleep(_PAUSE)
+
     try:
         if blas:
             with _as_many(most, blas) as n:
-                _helpers.submit(help_out, n - 1)
-                work(tickets, True)
+                run(n - 1)
         else:  # a token's, where a context takes as long as all else here
-            _helpers.submit(help_out, min(threads(), most) - 1)
-            work(tickets, True)
+            run(min(threads(), most) - 1)
     finally:  # interrupted or not
         tickets[0] = _ALL
     if errors:

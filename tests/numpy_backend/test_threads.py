@@ -261,6 +261,7 @@ class Listener(event.Listener):
         pass
 
 event.register("numba:compile", Listener())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 try:
     square()
