@@ -355,11 +355,53 @@ class AttentionSketch:
         TypeError, ValueError
             As in `attention`, or if the block does not continue the stream. The sketch is then unchanged.
         """
+        self._take(keys, values, queries, self._method.update)
+
+    @outside_modes
+    def prefill(self, keys: ArrayT, values: ArrayT, *, queries: ArrayT | None = None) -> None:
+        """Take in a whole prompt at once, in a fraction of the time of `update`.
+
+        Parameters
+        ----------
+        keys, values, queries
+            As in `update`, of all tokens of the prompt.
+
+        Raises
+        ------
+        RuntimeError
+            If tokens were seen already: continue with `update` or `step`.
+        TypeError, ValueError
+            As in `update`. The sketch is then unchanged.
+
+        Notes
+        -----
+        The result is a function of the whole prompt. `update` gives another, which does not depend on how the prompt is
+        cut: it absorbs half a window at a time. Here a quarter as many tokens as there are clusters are absorbed at
+        a time, so that far fewer pairs of clusters are compared. Both leave as many clusters and exact tokens. With
+        ``delta``, for Algorithm 1, and where nothing would be saved this is `update`.
+
+        Examples
+        --------
+        >>> import numpy as np, subgen
+        >>> keys, values = np.random.default_rng(0).normal(size=(2, 4, 1000, 16))
+        >>> sketch = subgen.AttentionSketch(100, window=16)
+        >>> sketch.prefill(keys, values)
+        >>> sketch.step(keys[:, :1], keys[:, :1], values[:, :1]).shape
+        (4, 1, 16)
+        """
+        if self._state is not None:
+            raise RuntimeError(
+                f"prefill takes the whole prompt, and this sketch has seen {self.n_seen} tokens: use update or step, "
+                f"or a new sketch"
+            )
+        self._take(keys, values, queries, self._method.prefill)
+
+    def _take(self, keys: Any, values: Any, queries: Any, update: Callable[..., Any]) -> None:
         layout, k, v, q = self.check(keys, values, queries)
         k, v = layout.flat(k), layout.flat(v)
         state: Any = self._method.init(k, v) if self._state is None else self._state
         q = None if q is None else _by_stream(q, layout)
-        state = self._method.update(state, k, v, q, layout.heads)
+        state = update(state, k, v, q, layout.heads)
         self._layout, self._state = layout, state
 
     @overload

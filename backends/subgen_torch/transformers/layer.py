@@ -221,5 +221,5 @@ class SubGenLayer(StateLayer[_State]):
 def _absorb(batch: RaggedBatch, block: Block, answered: bool) -> Tensor:
     if not answered:
         return batch.step(block)
-    batch.update(block)
+    batch.prefill(block)
     return block.queries

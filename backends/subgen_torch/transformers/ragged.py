@@ -128,6 +128,12 @@ class RaggedBatch:
             if group.sketch is None and count:
                 self._groups[number] = replace(group, sketch=self._make(count, scale, block.keys, block.values))
 
+    def prefill(self, block: Block) -> None:
+        """Absorb the first tokens of the rows as whole prompts; rows that have tokens absorb theirs by `update`."""
+        for _, sketch, part in self._parts(block):
+            absorb = sketch.update if sketch.n_seen else sketch.prefill
+            absorb(part.keys, part.values, queries=part.queries)
+
     def update(self, block: Block) -> None:
         """Absorb tokens."""
         for _, sketch, part in self._parts(block):

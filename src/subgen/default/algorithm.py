@@ -21,12 +21,13 @@ state does not depend on how calls were cut.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from .._array import Array, array_namespace, chunks, compute_dtype, itemsize, pieces, saturating_cast
 from .._checks import MAX_PLACES, check_choice, check_integer, check_real, check_scale, check_seed
 from .._random import stream_key
-from .._tree import concat
+from .._tree import concat, tree_map
 from ..softmax import scaled
 from .absorb import AbsorbOptions, Tokens, absorb, absorb_blocks, upcast_clusters
 from .append import append, quantize_queries
@@ -49,6 +50,9 @@ _EARLY = 1000.0
 # does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
 FEW_CLUSTERS = 768
 COMPARE_ALL = 8
+# A block of a prompt has this share of as many tokens as there are clusters: a compromise of time and error
+# (docs/experiments.md).
+_SHARE = 4
 # Purpose of the draws of the residual sample; 1 and 2 are the reservoirs of `subgen.paper`, 3 to 6 dithers.
 RESIDUAL_DRAWS = 7
 
@@ -225,6 +229,57 @@ class ClusterMeans:
             start = part.stop
         return state
 
+    def prefill(self, state: State, keys: Array, values: Array, queries: Array | None, heads: Array) -> State:
+        """Take in a whole prompt in large blocks, in a fraction of the time of `update`.
+
+        Parameters
+        ----------
+        state : State
+            Empty.
+        keys, values, queries, heads
+            As in `update`, of the whole prompt.
+
+        Returns
+        -------
+        State
+            With as many exact tokens and clusters as after `update`.
+
+        Notes
+        -----
+        A block has a quarter as many tokens as there are clusters, C. All pairs of 5/4 C clusters are compared for each
+        C / 4 tokens: 6.25 C pairs a token, where half windows of b tokens take ``(C + b)^2 / b``. In larger blocks too
+        many clusters have to merge at once, and dissimilar ones do.
+        """
+        n, limit = keys.shape[1], self.max_clusters(state, keys.shape[1])
+        n_evicted = -(-max(0, n - self.sink - self.window) // self.block) * self.block
+        if self.delta is not None or limit is None or n_evicted <= limit or limit // _SHARE <= self.block:
+            return self.update(state, keys, values, queries, heads)
+        codes = self._zeros_like_queries(state, keys) if queries is None else self._quantize(state, queries)
+        tokens = Exact(keys, values, codes, n, BufferOwner(None))
+        blocks = _large_blocks(n_evicted, limit)
+        ends = [min(n, self.sink + stop + self.window) for _, stop in blocks]
+        for (start, stop), end, options in zip(blocks, ends, self._options(state, ends, heads), strict=True):
+            first = self.sink + start
+            window = replace(tree_map(lambda x, part=slice(first, end): x[:, part, ...], tokens), n=end - first)
+            options = replace(options, sink=0, n_evicted=stop - start, max_clusters=limit, refresh=True)
+            state = self.with_cache(absorb(replace(state, exact=window, n_seen=end - self.sink), options))
+        # Sinks, and the window behind the last block.
+        state = replace(state, exact=self.init(keys, values).exact, n_seen=n_evicted)
+        for part in (slice(0, self.sink), slice(self.sink + n_evicted, n)):
+            if part.start < part.stop:
+                some = tree_map(lambda x, part=part: x[:, part, ...], tokens)
+                state = append(state, some.keys, some.values, some.queries)
+        return state
+
+    @staticmethod
+    def _zeros_like_queries(state: State, keys: Array) -> Quantized:
+        """Return the int8 queries of tokens that came without: zeros."""
+        xp, like = array_namespace(keys), state.exact.queries
+        return Quantized(
+            xp.zeros(keys.shape, dtype=like.codes.dtype, device=keys.device),
+            xp.zeros(keys.shape[:2], dtype=like.scales.dtype, device=keys.device),
+        )
+
     def step(self, state: State, queries: Array, keys: Array, values: Array, heads: Array) -> tuple[State, Array]:
         """Take in a block of tokens and answer each of them, as `update` and `attend` would token by token.
 
@@ -378,6 +433,13 @@ class ClusterMeans:
             )
             for n_seen, dithers in zip(times, draw_dithers(self.seed, times), strict=True)
         ]
+
+
+def _large_blocks(n: int, n_clusters: int) -> list[tuple[int, int]]:
+    """Cut ``0 .. n`` into blocks of a quarter as many tokens as clusters; the first fills the clusters besides."""
+    parts = -(-_SHARE * (n - n_clusters) // n_clusters)
+    edges = [0, *(n_clusters + (n - n_clusters) * (i + 1) // parts for i in range(parts))]
+    return list(pairwise(edges))
 
 
 def early_weight(n_seen: Any) -> Any:

@@ -143,6 +143,8 @@ class Algorithm1:
             state, _ = self._advance(state, keys[:, part, :], values[:, part, :], heads, None)
         return state
 
+    prefill = update
+
     def step(
         self, state: PaperState, queries: Array, keys: Array, values: Array, heads: Array
     ) -> tuple[PaperState, Array]:
