@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_comparison", "plot_reports"]
 
+# Methods that a reader could take for one another, by their full names.
+_LABELS = {
+    "subgen": "cluster means (the default)",
+    "subgen-int8": "cluster means, int8",
+    "algorithm1": "SubGen Algorithm 1 (the paper)",
+    "Algorithm 1": "SubGen Algorithm 1 (the paper)",
+}
+
 
 def plot_reports(reports: Mapping[str, Report], path: str | Path, title: str) -> None:
     """Write a PNG with the error and the bytes held over n, a line for each report.
@@ -44,8 +52,9 @@ def plot_reports(reports: Mapping[str, Report], path: str | Path, title: str) ->
     any_report = next(iter(reports.values()))
     bytes_axes.plot(any_report.n, any_report.full_nbytes / mebi, label="full cache", color="tab:gray", linestyle="--")
     for name, report in reports.items():
-        error_axes.plot(report.n, report.error, marker="o", markersize=3, label=name)
-        bytes_axes.plot(report.n, report.nbytes / mebi, label=name)
+        label = _LABELS.get(name, name)
+        error_axes.plot(report.n, report.error, marker="o", markersize=3, label=label)
+        bytes_axes.plot(report.n, report.nbytes / mebi, label=label)
     error_axes.set(xlabel="tokens seen", ylabel="mean relative error")
     # Algorithm 1 is off by orders of magnitude where its theorem does not apply: one scale for both needs logarithms.
     if all(report.error.min() > 0.0 for report in reports.values()):
@@ -82,9 +91,9 @@ def plot_comparison(result: Comparison, path: str | Path) -> None:
     height = 0.8 / len(result.budgets)
     for j, share in enumerate(result.budgets):
         places = [i + (len(result.budgets) / 2 - j - 0.5) * height for i in range(len(order))]
-        bars = axes.barh(places, result.error[order, j], height=height, label=f"{share:.0%} of the pairs")
+        bars = axes.barh(places, result.error[order, j], height=height, label=f"{share:.0%} of the KV entries")
         axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=7)
-    axes.set_yticks(range(len(order)), [result.methods[i] for i in order])
+    axes.set_yticks(range(len(order)), [_LABELS.get(name, name) for name in (result.methods[i] for i in order)])
     axes.set(xlabel="mean relative error against exact attention")
     axes.margins(x=0.1)
     axes.legend(frameon=False)
