@@ -81,7 +81,7 @@ shards: $(VENV)/.demo
 drift: $(VENV)/.demo
 	$(BIN)/python asv_benchmarks/drift.py
 
-# Mutated files, as many as INPUTS, and long runs of the pool of sketches: docs/howto/save.md.
+# Mutated files, as many as INPUTS, and long runs of the pool of sketches: docs/experiments.md.
 INPUTS ?= 100000
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz.py --inputs $(INPUTS)

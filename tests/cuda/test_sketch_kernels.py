@@ -71,6 +71,28 @@ def test_the_sketch_answers_as_well_as_with_the_portable_code(
     assert (np.take_along_axis(counts, np.maximum(nearest, 0), axis=1)[nearest >= 0] > 0).all()
 
 
+@pytest.mark.parametrize(("dtype", "storage"), [("float32", "input"), ("float16", "input"), ("float16", "int8")])
+def test_a_prompt_is_absorbed_as_well_as_by_the_portable_code(sketch_target: Target, dtype: str, storage: Any) -> None:
+    rng = np.random.default_rng(12)
+    arrays = [rng.normal(size=(heads, 150, 8)).astype(dtype) for heads in (4, 2, 2)]
+    exact = subgen.attention(*(x.astype(np.float32) for x in (arrays[0][:, -4:], *arrays[1:])))
+
+    def absorbed(target: Target) -> tuple[np.ndarray, Any]:
+        queries, keys, values = map(target.put, arrays)
+        sketch = subgen.AttentionSketch(60, window=16, sink=2, storage=storage)
+        sketch.prefill(keys, values, queries=queries)
+        return target.get(sketch.attend(queries[:, -4:])), target.get(sketch.state)
+
+    (outputs, state) = absorbed(sketch_target)
+    with using_portable():
+        portable, portable_state = absorbed(Target("portable"))
+    mine, portables = (np.linalg.norm(x.astype(np.float32) - exact) for x in (outputs, portable))
+    assert mine < 1.1 * portables
+    assert state.clusters.counts.sum(axis=1).tolist() == [150 - state.exact.n] * 2
+    assert state.clusters.counts.shape == portable_state.clusters.counts.shape == (2, 60)
+    assert (state.exact.n, state.n_seen) == (portable_state.exact.n, 150)
+
+
 @pytest.mark.parametrize("storage", ["input", "int8"])
 def test_a_sketch_of_bfloat16(sketch_target: Target, storage: Any) -> None:
     rng = np.random.default_rng(16)
