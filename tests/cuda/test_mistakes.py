@@ -11,23 +11,32 @@ from pathlib import Path
 import cuda_emulation
 import cuda_targets
 import pytest
+from cuda_emulation.mutants import case_name, cases
 
 TESTS = Path(cuda_emulation.__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
 
-def test_every_barrier_is_needed_and_every_mistake_noticed() -> None:
+CASES = ["absorb.cu", "append.cu", "attend.cu", "leaders.cu", "match.cu", "match.cu by 2", "merge.cu"]
+
+
+def test_every_kernel_is_a_case() -> None:
+    assert sorted(case_name(module) for module, _ in cases()) == CASES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_barrier_is_needed_and_every_mistake_noticed(case: str) -> None:
     cuda_targets.emulation()
-    program = [sys.executable, "-m", "cuda_emulation.mutants"]
+    program = [sys.executable, "-m", "cuda_emulation.mutants", case]
     path = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    files = ("absorb", "append", "attend", "leaders", "match", "merge")
-    assert sorted(report) == sorted([*(f"{file}.cu" for file in files), "match.cu by 2"])
-    assert [(file, what) for file, mistakes in report.items() for what, seen in mistakes.items() if not seen] == []
+    assert [*report] == [case]
+    assert report[case]
+    assert [what for what, seen in report[case].items() if not seen] == []
 
 
 def test_no_access_is_out_of_bounds() -> None:

@@ -329,10 +329,19 @@ def noticed(run: Callable[[EmulatedDevice], list[Any]], expected: list[Any], sec
     return os.waitpid(child, 0)[1] != 0
 
 
-def main() -> None:
-    """Print, as JSON, for each file the mistakes and whether each was noticed."""
+def case_name(module: Module) -> str:
+    """Name a case: its file, and the blocks of a stream if there are several."""
+    peers = dict(module.constants).get("PEERS", 1)
+    return module.file if peers == 1 else f"{module.file} by {peers}"
+
+
+def main(names: list[str]) -> None:
+    """Print, as JSON, for each of these cases the mistakes and whether each was noticed."""
     report = {}
     for module, run in cases():
+        name = case_name(module)
+        if name not in names:
+            continue
         expected, begin = run(EmulatedDevice(seed=0)), time.process_time()
         for seed in SEEDS:
             again = run(EmulatedDevice(seed=seed))
@@ -340,8 +349,6 @@ def main() -> None:
         seconds = max(_SECONDS, _TIMES * (time.process_time() - begin))
         source = module.source()
         lines = source.splitlines()
-        peers = dict(module.constants).get("PEERS", 1)
-        name = module.file if peers == 1 else f"{module.file} by {peers}"
         report[name] = {
             f"{line}: {lines[line - 1].strip()}": noticed(run, expected, seconds, removed=line)
             for line in barriers(module)
@@ -355,4 +362,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
