@@ -7,6 +7,7 @@ docs/howto/gpu.md for the kernels and their tests.
 from __future__ import annotations
 
 from subgen.backends import Backend
+from subgen.default.append import append_in_place
 
 from . import absorb, append, attend, device_torch, leaders, merging
 from .decoder import Decoder
@@ -19,7 +20,7 @@ BACKEND = Backend(
     {
         "weighted_attention": attend.weighted_attention,
         "attend": attend.attend,
-        "append": append.append,
+        "append": append_in_place,
         "decode": append.decode,
         "absorb": absorb.absorb,
         "absorb_blocks": absorb.absorb_blocks,

@@ -12,7 +12,6 @@ from .device import device_of
 from .launch import ELEMENTS, Array, Device, Launch, Module, address, ceil_div, element, f32, i32, i64, kernel
 
 __all__ = [
-    "append",
     "append_module",
     "appends",
     "count_tokens",
@@ -28,18 +27,6 @@ _WARPS = 8
 def append_module(stored: str, queries: str) -> Module:
     """Return the kernels for tokens stored in a dtype, and queries in theirs."""
     return Module("append.cu", types=(("ELEMENT", ELEMENTS[stored]), ("QUERY", ELEMENTS[queries])))
-
-
-def append(state: State, keys: Array, values: Array, queries: Quantized | None) -> State:
-    """Append tokens in place; see `subgen.default.append.append`."""
-    n = keys.shape[1]
-    state = reserve(state, n)
-    exact = state.exact
-    part = slice(exact.n, exact.n + n)
-    exact.keys[:, part], exact.values[:, part] = keys, values
-    codes, scales = (0, 0) if queries is None else (queries.codes, queries.scales)
-    exact.queries.codes[:, part], exact.queries.scales[:, part] = codes, scales
-    return replace(state, exact=replace(exact, n=exact.n + n), n_seen=state.n_seen + n)
 
 
 def _quantizes(queries: Array, scale: float, n_seen: int, dtype: object) -> bool:

@@ -6,8 +6,9 @@ A template for other backends; see `subgen.backends` for how they are found.
 from __future__ import annotations
 
 from subgen.backends import Backend
+from subgen.default.append import append_in_place
 
-from . import absorb, append, attend, merging
+from . import absorb, attend, merging, rounding
 from ._float16 import BFLOAT16
 from ._numba import compiled
 from ._parallel import thread_limit, threads
@@ -19,8 +20,8 @@ BACKEND = Backend(
     {
         "weighted_attention": attend.weighted_attention,
         "attend": attend.attend,
-        "append": append.append,
-        "quantize_queries": append.quantize_queries,
+        "append": append_in_place,
+        "quantize_queries": rounding.quantize_queries,
         "merge_closest": merging.merge_closest,
         "absorb": absorb.absorb,
     },

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from subgen.default.append import quantize_by_parts
 from subgen.default.quantization import Dither, quantize
 from subgen.default.state import Quantized
 
@@ -14,7 +15,7 @@ from ._float16 import LIMITS, like, saturating_cast_scales, upcast_scales
 from ._numba import addresses, compiled
 from ._parallel import parallel_for
 
-__all__ = ["quantize_by_loops", "quantize_to_nearest", "round_by_loops"]
+__all__ = ["quantize_by_loops", "quantize_queries", "quantize_to_nearest", "round_by_loops"]
 
 # Numbers that are worth a thread.
 _WORTH_A_THREAD = 2**19
@@ -36,6 +37,11 @@ def quantize_to_nearest(x: NDArray[np.floating[Any]], dtype: DTypeLike) -> Quant
     rounded[plain] = np.rint(x[plain] / upcast_scales(scales[plain], x.dtype)[:, None])
     rounded[~plain] = quantize(x[~plain][None], dtype).codes[0]
     return Quantized(rounded, scales)
+
+
+def quantize_queries(queries: NDArray[Any], scale: float, n_seen: int, dtype: DTypeLike) -> Quantized:
+    """Select, scale and round a query of each token; see `subgen.default.append.quantize_queries`."""
+    return quantize_by_parts(queries, scale, n_seen, lambda rows: quantize_to_nearest(rows, dtype))
 
 
 def quantize_by_loops(x: NDArray[np.floating[Any]], dtype: DTypeLike, uniform: Dither) -> Quantized:

@@ -30,7 +30,7 @@ from .._random import stream_key
 from .._tree import concat, tree_map
 from ..softmax import scaled
 from .absorb import AbsorbOptions, Tokens, absorb, absorb_blocks, upcast_clusters
-from .append import append, quantize_queries
+from .append import append, no_queries, quantize_queries
 from .attend import attend, decode
 from .budget import Budget, Footprint, budget_arguments, check_budget
 from .merging import bands, n_live, no_neighbours
@@ -254,7 +254,7 @@ class ClusterMeans:
         n_evicted = -(-max(0, n - self.sink - self.window) // self.block) * self.block
         if self.delta is not None or limit is None or n_evicted <= limit or limit // _SHARE <= self.block:
             return self.update(state, keys, values, queries, heads)
-        codes = self._zeros_like_queries(state, keys) if queries is None else self._quantize(state, queries)
+        codes = no_queries(keys, state.exact.queries) if queries is None else self._quantize(state, queries)
         tokens = Exact(keys, values, codes, n, BufferOwner(None))
         blocks = _large_blocks(n_evicted, limit)
         ends = [min(n, self.sink + stop + self.window) for _, stop in blocks]
@@ -270,15 +270,6 @@ class ClusterMeans:
                 some = tree_map(lambda x, part=part: x[:, part, ...], tokens)
                 state = append(state, some.keys, some.values, some.queries)
         return state
-
-    @staticmethod
-    def _zeros_like_queries(state: State, keys: Array) -> Quantized:
-        """Return the int8 queries of tokens that came without: zeros."""
-        xp, like = array_namespace(keys), state.exact.queries
-        return Quantized(
-            xp.zeros(keys.shape, dtype=like.codes.dtype, device=keys.device),
-            xp.zeros(keys.shape[:2], dtype=like.scales.dtype, device=keys.device),
-        )
 
     def step(self, state: State, queries: Array, keys: Array, values: Array, heads: Array) -> tuple[State, Array]:
         """Take in a block of tokens and answer each of them, as `update` and `attend` would token by token.

@@ -10,9 +10,9 @@ from .._tree import concat, tree_map
 from ..backends import operation
 from ..softmax import scaled
 from .quantization import quantize
-from .state import BufferOwner, Quantized, State
+from .state import BufferOwner, Exact, Quantized, State, reserve
 
-__all__ = ["append", "quantize_by_parts", "quantize_queries"]
+__all__ = ["append", "append_in_place", "no_queries", "quantize_by_parts", "quantize_queries"]
 
 
 @operation
@@ -39,7 +39,7 @@ def append(state: State, keys: Array, values: Array, queries: Quantized | None) 
         return xp.concat([x[:, : exact.n, ...], block, x[:, exact.n + n :, ...]], axis=1)
 
     if queries is None:
-        queries = tree_map(lambda x: xp.zeros_like(x[:, :n, ...]), exact.queries)
+        queries = no_queries(keys, exact.queries)
     after = replace(
         exact,
         keys=written(exact.keys, keys),
@@ -49,6 +49,29 @@ def append(state: State, keys: Array, values: Array, queries: Quantized | None) 
         owner=BufferOwner(exact.n + n),
     )
     return replace(state, exact=after, n_seen=state.n_seen + n)
+
+
+def append_in_place(state: State, keys: Array, values: Array, queries: Quantized | None) -> State:
+    """Do what `append` does, for arrays that can be written to: a copy only where another state owns the space."""
+    n = keys.shape[1]
+    state = reserve(state, n)
+    exact = state.exact
+    part = slice(exact.n, exact.n + n)
+    exact.keys[:, part], exact.values[:, part] = keys, values
+    codes, scales = (0, 0) if queries is None else (queries.codes, queries.scales)
+    exact.queries.codes[:, part], exact.queries.scales[:, part] = codes, scales
+    # By position: `dataclasses.replace` takes longer than the token.
+    after = Exact(exact.keys, exact.values, exact.queries, exact.n + n, exact.owner)
+    return State(state.clusters, after, state.residual, state.n_seen + n)
+
+
+def no_queries(keys: Array, like: Quantized) -> Quantized:
+    """Return the int8 queries of tokens that come without one: zeros, in the dtypes of others."""
+    xp = array_namespace(keys)
+    return Quantized(
+        xp.zeros(keys.shape, dtype=like.codes.dtype, device=keys.device),
+        xp.zeros(keys.shape[:2], dtype=like.scales.dtype, device=keys.device),
+    )
 
 
 @operation
