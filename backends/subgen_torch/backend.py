@@ -70,7 +70,7 @@ def append(state: State, keys: Tensor, values: Tensor, queries: Quantized | None
     if _read_only(state):
         return NotImplemented
     if keys.device.type == "cpu":
-        # torch would wake its threads for a few tokens, and they go on spinning beside those that absorb.
+        # torch would wake its threads for a few tokens, and they keep spinning while the others absorb.
         state = reserve(state, keys.shape[1])
         space = State(state.clusters, _exact_view(state.exact), None, state.n_seen)
         _call(NUMPY.operations["append"], space, *tree_map(_to_numpy, (keys, values, queries)))

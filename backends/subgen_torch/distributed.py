@@ -87,7 +87,7 @@ def attend(
     else:
         logsumexp = queries.new_full(queries.shape[:-1], -math.inf, dtype=wide)
         value_dim = 0
-    # Beside the largest logsumexp, what a rank without tokens lacks: the greatest and the least value_dim.
+    # Besides the largest logsumexp, what a rank without tokens lacks: the greatest and the least value_dim.
     shape = logsumexp.new_tensor([value_dim, -value_dim if value_dim else -math.inf])
     peak = torch.cat([logsumexp.reshape(-1), shape])
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)

@@ -68,7 +68,7 @@ def attention(
     Big-endian arrays are computed with in the native byte order, and no gradient is recorded. `torch.autocast` does not
     change the answer.
 
-    Beside its arguments and its result a call takes a constant amount of memory, whatever the shapes: it computes a
+    Besides its arguments and its result a call takes a constant amount of memory, whatever the shapes: it computes a
     bounded number of logits at a time, and casts 16-bit keys and values in parts (docs/howto/numpy.md).
 
     Examples

@@ -334,7 +334,7 @@ class ClusterMeans:
         if residual is None:
             raise ValueError("this sketch keeps no residual sample: make it with residual_samples above 0")
         clusters = upcast_clusters(state.clusters, rows.dtype)
-        # The value of each sampled token, and of each cluster, beside each answer.
+        # The value of each sampled token, and of each cluster, besides each answer.
         numbers = max(residual.keys.shape[1], clusters.counts.shape[1]) * state.exact.values.shape[-1]
         absorbed = state.n_seen - state.exact.n
         answers = []
