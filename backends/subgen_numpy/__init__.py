@@ -8,7 +8,7 @@ from __future__ import annotations
 from subgen.backends import Backend
 from subgen.default.append import append_in_place
 
-from . import absorb, attend, merging, rounding
+from . import absorb, attend, merging, prompt, rounding
 from ._float16 import BFLOAT16
 from ._numba import compiled
 from ._parallel import thread_limit, threads
@@ -24,5 +24,6 @@ BACKEND = Backend(
         "quantize_queries": rounding.quantize_queries,
         "merge_closest": merging.merge_closest,
         "absorb": absorb.absorb,
+        "agglomerate": prompt.agglomerate,
     },
 )

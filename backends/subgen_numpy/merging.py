@@ -22,7 +22,7 @@ from subgen.default.state import Clusters
 from ._numba import compiled
 from ._parallel import by_streams
 
-__all__ = ["WORTH_A_THREAD", "merge_closest", "merge_stream"]
+__all__ = ["WORTH_A_THREAD", "merge_closest", "merge_stream", "root_of"]
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
@@ -275,12 +275,12 @@ def _points(clusters: Clusters, metric: Floats | None, value_scale: Any) -> Floa
     if metric is None:
         points[:, :d] = keys
     else:
-        np.matmul(keys, _root(metric), out=points[:, :d])
+        np.matmul(keys, root_of(metric), out=points[:, :d])
     np.divide(clusters.values, value_scale, out=points[:, d:])
     return points
 
 
-def _root(metric: Floats) -> Floats:
+def root_of(metric: Floats) -> Floats:
     """Return a matrix whose product with its transpose is the metric."""
     with np.errstate(all="ignore"):
         if np.isfinite(metric).all():

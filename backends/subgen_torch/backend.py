@@ -25,6 +25,7 @@ from subgen.backends import PORTABLE, Backend
 from subgen.default import attend as default_attend
 from subgen.default.absorb import AbsorbOptions, upcast_clusters
 from subgen.default.append import quantize_by_parts
+from subgen.default.prompt import Prompt
 from subgen.default.state import BufferOwner, Clusters, Exact, Quantized, State, reserve
 
 from . import _attend
@@ -120,6 +121,14 @@ def merge_closest(
 
 
 @_without_graph
+def agglomerate(prompt: Prompt, max_clusters: int) -> tuple[Clusters, Tensor]:
+    """Merge the tokens of a prompt; see `subgen.default.prompt.agglomerate`."""
+    if prompt.keys.device.type != "cpu":
+        return NotImplemented
+    return _by_numpy(NUMPY.operations["agglomerate"], prompt, max_clusters)
+
+
+@_without_graph
 def quantize_queries(queries: Tensor, scale: float, n_seen: int, dtype: torch.dtype) -> Quantized:
     """Select, scale and round a query of each token; see `subgen.default.append.quantize_queries`."""
     if queries.device.type != "cpu":
@@ -143,6 +152,7 @@ WITHOUT_CUPY = Backend(
         "decode": decode,
         "absorb": absorb,
         "merge_closest": merge_closest,
+        "agglomerate": agglomerate,
         "quantize_queries": quantize_queries,
     },
 )

@@ -31,6 +31,7 @@ __all__ = [
     "is_floating",
     "itemsize",
     "library_name",
+    "on_cpu",
     "pieces",
     "positions",
     "saturating_cast",
@@ -192,10 +193,14 @@ def chunks(n: int, size: int) -> list[slice]:
     return [slice(start, min(n, start + size)) for start in range(0, n, size)]
 
 
+def on_cpu(x: Array) -> bool:
+    """Whether an array is in the memory of the processor."""
+    return "cpu" in str(x.device).lower()
+
+
 def transient_limit(like: Array) -> int:
     """Return how many numbers a temporary array on the device of another array may have."""
-    on_cpu = "cpu" in str(like.device).lower()
-    return TRANSIENT_NUMBERS if on_cpu else TRANSIENT_NUMBERS_ON_ACCELERATORS
+    return TRANSIENT_NUMBERS if on_cpu(like) else TRANSIENT_NUMBERS_ON_ACCELERATORS
 
 
 def pieces(n: int, numbers: int, like: Array) -> list[slice]:

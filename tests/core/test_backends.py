@@ -25,6 +25,7 @@ from subgen.default.absorb import absorb, absorb_blocks, evict, store, upcast_cl
 from subgen.default.append import append, quantize_queries
 from subgen.default.attend import attend, decode
 from subgen.default.merging import merge_closest
+from subgen.default.prompt import agglomerate
 from subgen.default.quantization import draw_dithers, quantize
 from subgen.default.state import BufferOwner, Clusters, Exact, Quantized, clear_free_space
 from subgen.leaders import assign_leaders
@@ -40,6 +41,7 @@ OPERATIONS = (
     merge_closest,
     quantize_queries,
     assign_leaders,
+    agglomerate,
 )
 
 
@@ -71,8 +73,8 @@ def replacing(operation: str) -> list[Backend]:
     return [backend for backend in here if operation in backend.operations]
 
 
-def test_the_operations_are_these_nine() -> None:
-    assert len(OPERATIONS) == 9
+def test_the_operations_are_these_ten() -> None:
+    assert len(OPERATIONS) == 10
     assert set(PORTABLE) == {operation.__name__ for operation in OPERATIONS}
     for operation in OPERATIONS:
         portable = PORTABLE[operation.__name__]
@@ -141,7 +143,9 @@ def test_an_operation_that_returns_not_implemented_falls_back_to_the_portable_fu
         outputs = [sketch.step(*(x[:, i : i + 1] for x in arrays)) for i in range(50, 60)]
         paper = subgen.AttentionSketch.paper(delta=1.0, samples_per_cluster=1, value_samples=1)
         paper.update(*arrays[1:])
-        outputs += [subgen.attention(*arrays), paper.attend(arrays[0])]
+        whole = subgen.AttentionSketch(max_clusters=9, window=8, sink=2)
+        whole.prefill(*arrays[1:], queries=arrays[0])
+        outputs += [subgen.attention(*arrays), paper.attend(arrays[0]), whole.attend(arrays[0])]
         return [*outputs, *(x for state in (sketch.state, paper.state) for _, x in leaves(state))]
 
     with using_backend(refusing):

@@ -45,7 +45,7 @@ def test_it_leaves_the_tokens_and_clusters_that_update_leaves(n: int, with_queri
         np.testing.assert_allclose((means * counts[:, :, None]).sum(axis=1), tokens[:, evicted].sum(axis=1), atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"delta": 1.5}, {"window": 32}, {"max_clusters": 500}, PAPER])
+@pytest.mark.parametrize("options", [{"delta": 1.5}, {"max_clusters": 500}, PAPER])
 def test_it_is_update_where_nothing_would_be_saved(options: dict[str, Any]) -> None:
     q, k, v = prompt(150)
 

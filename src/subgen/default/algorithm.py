@@ -24,18 +24,20 @@ from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from .._array import Array, array_namespace, chunks, compute_dtype, itemsize, pieces, saturating_cast
+from .._array import Array, array_namespace, chunks, compute_dtype, itemsize, on_cpu, pieces, positions, saturating_cast
 from .._checks import MAX_PLACES, check_choice, check_integer, check_real, check_scale, check_seed
 from .._random import stream_key
 from .._tree import concat, tree_map
 from ..softmax import scaled
-from .absorb import AbsorbOptions, Tokens, absorb, absorb_blocks, upcast_clusters
+from .absorb import AbsorbOptions, Tokens, absorb, absorb_blocks, store, upcast_clusters
 from .append import append, no_queries, quantize_queries
 from .attend import attend, decode
 from .budget import Budget, Footprint, budget_arguments, check_budget
 from .merging import bands, n_live, no_neighbours
+from .metric import query_second_moment, value_scale
+from .prompt import Prompt, agglomerate, prompt_weights
 from .quantization import draw_dithers
-from .residual import correct, empty_residual
+from .residual import correct, empty_residual, sample_tokens
 from .state import BufferOwner, Clusters, Exact, Quantized, State
 
 __all__ = ["COMPARE_ALL", "FEW_CLUSTERS", "RESIDUAL_DRAWS", "ClusterMeans", "Storage", "early_weight"]
@@ -50,9 +52,11 @@ _EARLY = 1000.0
 # does not grow by it, and seldom enough to take little of the time (docs/experiments.md).
 FEW_CLUSTERS = 768
 COMPARE_ALL = 8
-# A block of a prompt has this share of as many tokens as there are clusters: a compromise of time and error
-# (docs/experiments.md).
+# On a device, a block of a prompt has this share of as many tokens as there are clusters: a compromise of time and
+# error (docs/experiments.md).
 _SHARE = 4
+# Queries of a prompt that its metric is computed from, at most: evenly spaced.
+_METRIC_QUERIES = 1024
 # Purpose of the draws of the residual sample; 1 and 2 are the reservoirs of `subgen.paper`, 3 to 6 dithers.
 RESIDUAL_DRAWS = 7
 
@@ -230,7 +234,7 @@ class ClusterMeans:
         return state
 
     def prefill(self, state: State, keys: Array, values: Array, queries: Array | None, heads: Array) -> State:
-        """Take in a whole prompt in large blocks, in a fraction of the time of `update`.
+        """Take in a whole prompt, in a fraction of the time of `update`; see `subgen.default.prompt`.
 
         Parameters
         ----------
@@ -243,17 +247,55 @@ class ClusterMeans:
         -------
         State
             With as many exact tokens and clusters as after `update`.
-
-        Notes
-        -----
-        A block has a quarter as many tokens as there are clusters, C. All pairs of 5/4 C clusters are compared for each
-        C / 4 tokens: 6.25 C pairs a token, where half windows of b tokens take ``(C + b)^2 / b``. In larger blocks too
-        many clusters have to merge at once, and dissimilar ones do.
         """
         n, limit = keys.shape[1], self.max_clusters(state, keys.shape[1])
         n_evicted = -(-max(0, n - self.sink - self.window) // self.block) * self.block
-        if self.delta is not None or limit is None or n_evicted <= limit or limit // _SHARE <= self.block:
+        if self.delta is not None or limit is None or n_evicted <= limit:
             return self.update(state, keys, values, queries, heads)
+        if not on_cpu(keys):
+            if limit // _SHARE <= self.block:
+                return self.update(state, keys, values, queries, heads)
+            return self._prefill_in_blocks(state, keys, values, queries, heads, n_evicted, limit)
+        numbers = max(n * (keys.shape[-1] + values.shape[-1]), limit * limit)
+        some = [
+            self._compressed(
+                keys[part, ...], values[part, ...], None if queries is None else queries[part, ...], n_evicted, limit
+            )
+            for part in pieces(keys.shape[0], numbers, keys)
+        ]
+        clusters, labels = concat([x for x, _ in some], axis=0), concat([x for _, x in some], axis=0)
+        (options,) = self._options(state, [n], heads)
+        first, behind = slice(0, self.sink), slice(self.sink + n_evicted, n)
+        quantized = isinstance(state.clusters.keys, Quantized)
+        residual = state.residual
+        if residual is not None and options.draws is not None:
+            xp, own = array_namespace(keys), slice(self.sink, self.sink + n_evicted)
+            same = xp.broadcast_to(positions(limit, keys)[None, :], (keys.shape[0], limit))
+            residual = sample_tokens(residual, keys[:, own, :], values[:, own, :], labels, same, 0, options.draws)
+        state = State(store(clusters, keys.dtype, options.dithers, quantized), state.exact, residual, n_evicted)
+        for part in (first, behind):
+            if part.start < part.stop:
+                rows = None if queries is None else queries[:, :, part, :]
+                codes = None if rows is None else self._quantize(replace(state, n_seen=part.start), rows)
+                state = append(state, keys[:, part, :], values[:, part, :], codes)
+        return self.with_cache(state)
+
+    def _prefill_in_blocks(
+        self,
+        state: State,
+        keys: Array,
+        values: Array,
+        queries: Array | None,
+        heads: Array,
+        n_evicted: int,
+        limit: int,
+    ) -> State:
+        """Absorb a prompt in blocks of a quarter as many tokens as there are clusters, C.
+
+        All pairs of 5/4 C clusters are compared for each C / 4 tokens: 6.25 C pairs a token, where half windows of b
+        tokens take ``(C + b)^2 / b``. In larger blocks too many clusters have to merge at once, and dissimilar ones do.
+        """
+        n = keys.shape[1]
         codes = no_queries(keys, state.exact.queries) if queries is None else self._quantize(state, queries)
         tokens = Exact(keys, values, codes, n, BufferOwner(None))
         blocks = _large_blocks(n_evicted, limit)
@@ -270,6 +312,24 @@ class ClusterMeans:
                 some = tree_map(lambda x, part=part: x[:, part, ...], tokens)
                 state = append(state, some.keys, some.values, some.queries)
         return state
+
+    def _compressed(
+        self, keys: Array, values: Array, queries: Array | None, n_evicted: int, limit: int
+    ) -> tuple[Clusters, Array]:
+        """Compress the tokens of a prompt that leave the window; see `subgen.default.prompt.agglomerate`."""
+        xp, wide, n, first = array_namespace(keys), compute_dtype(keys), keys.shape[1], self.sink
+        scale = check_scale(self.scale, keys.shape[-1])
+        own = slice(first, first + n_evicted)
+        weights = prompt_weights(keys, queries, scale, first, n_evicted) * early_weight(n)
+        if queries is None:
+            codes = no_queries(keys[:, :1, :], self.init(keys, values).exact.queries)
+        else:
+            step = -(-n // _METRIC_QUERIES)
+            codes = quantize_queries(queries[:, :, first::step, :], scale, 0, wide)
+        metric = query_second_moment(keys[:, first:, :], codes, self.scale)
+        keys, values = (xp.astype(x, wide, copy=False) for x in (keys, values))
+        unit = value_scale(values[:, first:, :])
+        return agglomerate(Prompt(keys[:, own, :], values[:, own, :], weights, metric, unit), limit)
 
     def step(self, state: State, queries: Array, keys: Array, values: Array, heads: Array) -> tuple[State, Array]:
         """Take in a block of tokens and answer each of them, as `update` and `attend` would token by token.

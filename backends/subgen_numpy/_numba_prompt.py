@@ -1,0 +1,247 @@
+"""The merges of `subgen_numpy.prompt`, compiled by numba: those of a block of tokens in one call.
+
+Used where numba is installed, with the same results but for sums in another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from subgen.default.merging import DIGITS, SAMPLED
+
+from ._numba_merge import product
+from ._numba_streams import OPTIONS, of_stream, subview
+
+__all__ = ["lossy", "reduced", "summarize"]
+
+# No number is NaN, and zeros have no sign: several are compared at once.
+_compares = {"nnan", "nsz"}
+# Columns that are written at once.
+_TILE = 16
+
+
+@njit(**OPTIONS)
+def reduced(
+    points: Any,
+    norms: Any,
+    counts: Any,
+    weights: Any,
+    squared: Any,
+    products: Any,
+    max_clusters: int,
+    all_nearest: Any,
+    all_cost: Any,
+) -> Any:
+    """Add the distances of new clusters, and merge until so many are left; see `subgen_numpy.prompt`.
+
+    Parameters
+    ----------
+    points, norms, counts, weights, squared, products, max_clusters
+        As in `subgen_numpy.prompt`.
+    all_nearest : int32 array, shape (places,)
+        The cheapest partner of each of the clusters so far; -1 where it has merged. Written.
+    all_cost : array, shape (places,)
+        What merging with it costs; where it has merged, a bound of what merging with another costs. Written.
+    """
+    size, n = products.shape
+    held, dtype = n - size, points.dtype
+    one, infinite = dtype.type(1), dtype.type(np.inf)
+    nearest, cost = subview(all_nearest, 0, n), subview(all_cost, 0, n)
+    inverse, penalty, price = np.empty(n, dtype), np.zeros(n, dtype), np.empty(n, dtype)
+    for i in range(n):
+        inverse[i] = one / weights[i]
+    _fill(norms, squared, products)
+    for i in range(held, n):
+        row = subview(of_stream(squared, i), 0, n)
+        _compare(row, i, inverse, penalty, price, held, i, i, nearest, cost)
+        nearest[i], cost[i] = _least(price)
+    root, place = np.arange(n), np.arange(n)
+    for _ in range(n - max_clusters):
+        i, _unused = _least(cost)
+        while nearest[i] < 0:
+            row = subview(of_stream(squared, i), 0, n)
+            _compare(row, i, inverse, penalty, price, 0, i, i, nearest, cost)
+            nearest[i], cost[i] = _least(price)
+            i, _unused = _least(cost)
+        j = np.int64(nearest[i])
+        total = counts[i] + counts[j]
+        share = one - counts[i] / total
+        within = share * (one - share) * squared[i, j]
+        row = subview(of_stream(squared, i), 0, n)
+        _join(row, subview(of_stream(squared, j), 0, n), share, within)
+        row[i] = infinite
+        for k in range(n):
+            squared[k, i] = row[k]
+        for t in range(points.shape[1]):
+            points[i, t] += (points[j, t] - points[i, t]) * share
+        counts[i] = total
+        weights[i] += weights[j]
+        inverse[i] = one / weights[i]
+        penalty[j] = cost[j] = infinite
+        place[j] = i
+        _compare(row, i, inverse, penalty, price, n, i, j, nearest, cost)
+        nearest[i], cost[i] = _least(price)
+    # A place that is free points to one that came before it merged; those it merged into follow.
+    for k in range(n):
+        while place[root[k]] != root[k]:
+            root[k] = place[root[k]]
+    if n > max_clusters:
+        _close_up(points, norms, counts, weights, squared, penalty, place, nearest, cost)
+        for k in range(n):
+            root[k] = place[root[k]]
+    return root
+
+
+@njit(**OPTIONS)
+def lossy(products: Any, norms: Any, held: int) -> bool:
+    """Whether float32 has lost the digits of most nearest distances; see `subgen_numpy.prompt`."""
+    size, n = products.shape
+    step, looked, lost = max(1, -(-size // SAMPLED)), 0, 0
+    two, digits = norms.dtype.type(2), norms.dtype.type(DIGITS)
+    for r in range(0, size, step):
+        looked += 1
+        for k in range(n):
+            both = norms[held + r] + norms[k]
+            if k != held + r and both - two * products[r, k] < digits * both:
+                lost += 1
+                break
+    return 2 * lost > looked
+
+
+@njit(**OPTIONS)
+def summarize(
+    keys: Any,
+    values: Any,
+    weights: Any,
+    labels: Any,
+    mean_keys: Any,
+    mean_values: Any,
+    counts: Any,
+    variance: Any,
+    importance: Any,
+) -> None:
+    """Describe the clusters of a stream; see `subgen.default.prompt.summarize`. The last five are written."""
+    n, dim = keys.shape
+    bands = variance.shape[1]
+    width, one = dim // bands, keys.dtype.type(1)
+    mean_keys[:], mean_values[:], counts[:], variance[:], importance[:] = 0, 0, 0, 0, 0
+    for i in range(n):
+        c = labels[i]
+        counts[c] += 1
+        importance[c] += weights[i]
+        mean, given = of_stream(mean_keys, c), of_stream(keys, i)
+        for t in range(dim):
+            mean[t] += given[t]
+        mean, given = of_stream(mean_values, c), of_stream(values, i)
+        for t in range(values.shape[1]):
+            mean[t] += given[t]
+    for c in range(counts.size):
+        share = one / counts[c]
+        for t in range(dim):
+            mean_keys[c, t] *= share
+        for t in range(values.shape[1]):
+            mean_values[c, t] *= share
+    for i in range(n):
+        c = labels[i]
+        if counts[c] > 1:
+            mean, given = of_stream(mean_keys, c), of_stream(keys, i)
+            for b in range(bands):
+                whole = keys.dtype.type(0)
+                for t in range(b * width, (b + 1) * width):
+                    apart = given[t] - mean[t]
+                    whole += apart * apart
+                variance[c, b] += whole / (keys.dtype.type(counts[c]) * width)
+
+
+@njit(**OPTIONS)
+def _fill(norms: Any, squared: Any, products: Any) -> None:
+    """Turn products into the squared distances of the new from all; both halves."""
+    size, n = products.shape
+    held, dtype = n - size, norms.dtype
+    two, zero = dtype.type(2), dtype.type(0)
+    for r in range(size):
+        row, given = of_stream(squared, held + r), of_stream(products, r)
+        own = norms[held + r]
+        for k in range(n):
+            row[k] = max(own + norms[k] - two * given[k], zero)
+    for r in range(size):
+        for q in range(r):
+            middle = (squared[held + r, held + q] + squared[held + q, held + r]) * dtype.type(0.5)
+            squared[held + r, held + q] = squared[held + q, held + r] = middle
+        squared[held + r, held + r] = np.inf
+    for start in range(0, held, _TILE):
+        for r in range(size):
+            for k in range(start, min(held, start + _TILE)):
+                squared[k, held + r] = squared[held + r, k]
+
+
+@njit(fastmath=_compares, **OPTIONS)
+def _join(row: Any, other: Any, share: Any, within: Any) -> None:
+    """Turn the distances of one of two clusters into those of their mean."""
+    rest, zero = row.dtype.type(1) - share, row.dtype.type(0)
+    for k in range(row.size):
+        row[k] = max(rest * row[k] + share * other[k] - within, zero)
+
+
+@njit(fastmath=_compares, **OPTIONS)
+def _compare(
+    row: Any, who: int, inverse: Any, penalty: Any, price: Any, offered: int, i: int, j: int, nearest: Any, cost: Any
+) -> None:
+    """Compute what merging with a cluster costs, and offer it to the first clusters.
+
+    Those whose nearest is one of two that have merged no longer have one.
+    """
+    own, me = inverse[who], np.int32(who)
+    first, second, none = np.int32(i), np.int32(j), np.int32(-1)
+    for k in range(row.size):
+        price[k] = row[k] / (own + inverse[k]) + penalty[k]
+    for k in range(offered):
+        near = none if (nearest[k] == first) | (nearest[k] == second) else nearest[k]
+        closer = (price[k] < cost[k]) | ((price[k] == cost[k]) & (me < near))
+        nearest[k] = me if closer else near
+        cost[k] = price[k] if closer else cost[k]
+
+
+@njit(fastmath=_compares, **OPTIONS)
+def _least(x: Any) -> Any:
+    """Find the first of the least, and it: a pass for the least, and one for its place."""
+    least = x[0]
+    for k in range(1, x.size):
+        least = min(least, x[k])
+    where = np.int32(x.size)
+    for k in range(x.size):
+        where = min(where, np.int32(k) if x[k] == least else np.int32(x.size))
+    return where, least
+
+
+@njit(**OPTIONS)
+def _close_up(
+    points: Any,
+    norms: Any,
+    counts: Any,
+    weights: Any,
+    squared: Any,
+    penalty: Any,
+    place: Any,
+    nearest: Any,
+    cost: Any,
+) -> None:
+    """Put the clusters that are left first, in their order, and write the new place of each."""
+    left = np.flatnonzero(penalty == 0)
+    for m in range(left.size):
+        place[left[m]] = m
+    for m in range(left.size):
+        i = left[m]
+        counts[m], weights[m], cost[m] = counts[i], weights[i], cost[i]
+        near = nearest[i]
+        nearest[m] = place[near] if near >= 0 and penalty[near] == 0 else -1
+        if m < i:
+            for t in range(points.shape[1]):
+                points[m, t] = points[i, t]
+        norms[m] = product(points, m, points, m, points.shape[1])
+        to, row = of_stream(squared, m), of_stream(squared, i)
+        for k in range(left.size):
+            to[k] = row[left[k]]
