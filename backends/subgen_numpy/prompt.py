@@ -32,8 +32,6 @@ _WORTH_A_THREAD = 2**16
 
 def agglomerate(prompt: Prompt, max_clusters: int) -> tuple[Clusters, Integers]:
     """Merge tokens until so many clusters are left; see `subgen.default.prompt.agglomerate`."""
-    if not np.all(prompt.weights > 0):
-        return NotImplemented
     streams, n = prompt.weights.shape
     dtype, dim = prompt.keys.dtype, prompt.keys.shape[-1]
     labels = np.empty((streams, n), np.int64)

@@ -11,17 +11,21 @@ from __future__ import annotations
 # Loaded for their own hooks of a fork, which take locks that a compiler may wait for: hooks that are registered later
 # run before them.
 import concurrent.futures.thread  # noqa: F401
-import logging  # noqa: F401
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 __all__ = ["LOADING", "call_uninterrupted"]
 
 # Seconds that a fork waits for a lock: several times as long as it takes to compile.
 _TIMEOUT = 300.0
+# Seconds after which a line says why a first call takes so long.
+_PATIENCE = 3.0
+_log = logging.getLogger("subgen")
 
 Result = TypeVar("Result")
 
@@ -33,7 +37,8 @@ def call_uninterrupted(function: Callable[..., Result], *arguments: Any) -> Resu
     """Call a function; from the main thread, in which signals interrupt, in a thread of its own.
 
     An interrupted call goes on there to its end, and the interpreter waits for it. Where the main thread holds
-    `LOADING`, which the function may take, it calls the function itself.
+    `LOADING`, which the function may take, it calls the function itself. The logger ``subgen`` says so if it takes
+    several seconds.
 
     Parameters
     ----------
@@ -56,10 +61,20 @@ def call_uninterrupted(function: Callable[..., Result], *arguments: Any) -> Resu
         thread.start()
     except RuntimeError:  # the interpreter is on its way out, or the system has no more threads
         return function(*arguments)
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        _say_once()
     thread.join()
     if errors:
         raise errors[0]
     return results[0]
+
+
+@cache
+def _say_once() -> None:
+    _log.warning(
+        "compiling loops for this processor: up to a minute, once; numba keeps the result in its cache for the next run"
+    )
 
 
 def _locks() -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """The registry of backends: an operation is a portable function, and any library may have a faster one.
 
-The algorithm is written once, against the Python array API standard, and runs on any array that follows it. Nine of
+The algorithm is written once, against the Python array API standard, and runs on any array that follows it. Ten of
 its functions are *operations* (`PORTABLE` lists them). Calling one runs the version of the library whose arrays it is
 given, where a backend has one, and the portable function otherwise. No backend is ever needed: arrays of JAX or
 array-api-strict run on the portable code.

@@ -376,9 +376,10 @@ class AttentionSketch:
         Notes
         -----
         The result is a function of the whole prompt. `update` gives another, which does not depend on how the prompt is
-        cut: it absorbs half a window at a time. Here a quarter as many tokens as there are clusters are absorbed at
-        a time, so that far fewer pairs of clusters are compared. Both leave as many clusters and exact tokens. With
-        ``delta``, for Algorithm 1, and where nothing would be saved this is `update`.
+        cut: it absorbs half a window at a time. Here one metric serves the whole prompt, so that distances are kept
+        from merge to merge, and tokens that the last queries attend to merge last (`subgen.default.prompt`). Both leave
+        as many clusters and exact tokens. On a device, blocks of a quarter as many tokens as there are clusters are
+        absorbed. With ``delta``, for Algorithm 1, and where nothing has to merge this is `update`.
 
         Examples
         --------

@@ -12,6 +12,7 @@ import subgen_numpy
 from libraries import LIBRARIES, Library, skip_compiling, to_numpy
 from switches import without_loops
 
+from subgen import AttentionSketch
 from subgen._tree import tree_map
 from subgen.backends import PORTABLE
 from subgen.default.prompt import Prompt, agglomerate, prompt_weights
@@ -139,3 +140,18 @@ def test_tokens_that_the_last_queries_attend_to_are_heavy() -> None:
     # Without queries, later tokens are heavier, other things being equal.
     alike = np.broadcast_to(keys[:, :1], keys.shape)
     assert (np.diff(prompt_weights(alike, None, 0.5, 4, 280)) > 0).all()
+
+
+@pytest.mark.parametrize("with_queries", [True, False])
+@pytest.mark.parametrize("what", [1e30, np.nan])
+def test_numbers_beyond_the_dtype_and_unchecked_nan_neither_crash_nor_lose_tokens(
+    with_queries: bool, what: float
+) -> None:
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.normal(size=(2, 300, 8)).astype(np.float32) for _ in range(3))
+    k[:, 50:60] = what
+    sketch = AttentionSketch(40, window=16, sink=2, check_finite=False)
+    with np.errstate(all="ignore"):
+        sketch.prefill(k, v, queries=q * 1e10 if with_queries else None)
+    state: Any = sketch.state
+    assert state.clusters.counts.sum(axis=1).tolist() == [300 - state.exact.n] * 2

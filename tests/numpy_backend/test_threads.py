@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from sketches import assert_same, feed, make, stream
 
 import subgen
-from subgen import AttentionSketch
+from subgen import AttentionSketch, _loading
 from subgen._loading import LOADING, call_uninterrupted
 from subgen.default.state import BufferOwner
 
@@ -296,6 +297,17 @@ def test_a_fork_waits_for_what_another_thread_compiles(tmp_path: Path) -> None:
 def test_an_interrupt_while_loops_are_compiled_is_an_interrupt(tmp_path: Path) -> None:
     """Not an error of the compiler, and they are compiled all the same."""
     assert compiling(tmp_path, INTERRUPTED) == "interrupted\n"
+
+
+def test_a_line_says_why_a_first_call_takes_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_loading, "_PATIENCE", 0.001)
+    _loading._say_once.cache_clear()
+    for _ in range(2):
+        call_uninterrupted(time.sleep, 0.05)
+    assert len(caplog.messages) == 1
+    assert "compiling loops for this processor" in caplog.text
 
 
 def test_results_of_uninterrupted_calls_come_back() -> None:

@@ -71,7 +71,9 @@ def prompt_weights(keys: Array, queries: Array | None, scale: float, first: int,
         average = xp.mean(received, axis=1, keepdims=True)
         relative = received / xp.where(average > 0, average, xp.ones_like(average))
         weights = weights * xp.sqrt(relative + _LEAST_ATTENTION)
-    return weights / xp.mean(weights, axis=1, keepdims=True)
+    weights = weights / xp.mean(weights, axis=1, keepdims=True)
+    # Whatever the numbers: logits beyond the dtype, NaN in keys that were not checked.
+    return xp.where(xp.isfinite(weights) & (weights > 0), weights, xp.ones_like(weights))
 
 
 def _received(keys: Array, queries: Array, scale: float) -> Array:
@@ -86,7 +88,8 @@ def _received(keys: Array, queries: Array, scale: float) -> Array:
     logits = xp.reshape(logits, (streams, group, size, n))
     logits = xp.where(seen[None, None, :, :], logits, xp.full_like(logits, -math.inf))
     weights = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
-    return xp.mean(weights / xp.sum(weights, axis=-1, keepdims=True), axis=(1, 2))
+    received = xp.mean(weights / xp.sum(weights, axis=-1, keepdims=True), axis=(1, 2))
+    return xp.where(xp.isfinite(received), received, xp.zeros_like(received))
 
 
 def _block_size(max_clusters: int) -> int:
