@@ -34,6 +34,9 @@ def reduced(
     max_clusters: int,
     all_nearest: Any,
     all_cost: Any,
+    all_price: Any,
+    cost_bits: Any,
+    price_bits: Any,
 ) -> Any:
     """Add the distances of new clusters, and merge until so many are left; see `subgen_numpy.prompt`.
 
@@ -45,27 +48,35 @@ def reduced(
         The cheapest partner of each of the clusters so far; -1 where it has merged. Written.
     all_cost : array, shape (places,)
         What merging with it costs; where it has merged, a bound of what merging with another costs. Written.
+    all_price : array, shape (places,)
+        Scratch memory.
+    cost_bits, price_bits : array of integers, shape (places,)
+        The last two as the integers that their bits are, in the same order as none is negative: the least integer of
+        many is found many at once, the least floating number is not.
     """
     size, n = products.shape
     held, dtype = n - size, points.dtype
     one, infinite = dtype.type(1), dtype.type(np.inf)
     nearest, cost = subview(all_nearest, 0, n), subview(all_cost, 0, n)
-    inverse, penalty, price = np.empty(n, dtype), np.zeros(n, dtype), np.empty(n, dtype)
+    cost_bits, price_bits = subview(cost_bits, 0, n), subview(price_bits, 0, n)
+    inverse, penalty, price = np.empty(n, dtype), np.zeros(n, dtype), subview(all_price, 0, n)
     for i in range(n):
         inverse[i] = one / weights[i]
     _fill(norms, squared, products)
     for i in range(held, n):
         row = subview(of_stream(squared, i), 0, n)
         _compare(row, i, inverse, penalty, price, held, i, i, nearest, cost)
-        nearest[i], cost[i] = _least(price)
+        nearest[i] = _least(price_bits)
+        cost[i] = price[nearest[i]]
     root, place = np.arange(n), np.arange(n)
     for _ in range(n - max_clusters):
-        i, _unused = _least(cost)
+        i = _least(cost_bits)
         while nearest[i] < 0:
             row = subview(of_stream(squared, i), 0, n)
             _compare(row, i, inverse, penalty, price, 0, i, i, nearest, cost)
-            nearest[i], cost[i] = _least(price)
-            i, _unused = _least(cost)
+            nearest[i] = _least(price_bits)
+            cost[i] = price[nearest[i]]
+            i = _least(cost_bits)
         j = np.int64(nearest[i])
         total = counts[i] + counts[j]
         share = one - counts[i] / total
@@ -83,7 +94,8 @@ def reduced(
         penalty[j] = cost[j] = infinite
         place[j] = i
         _compare(row, i, inverse, penalty, price, n, i, j, nearest, cost)
-        nearest[i], cost[i] = _least(price)
+        nearest[i] = _least(price_bits)
+        cost[i] = price[nearest[i]]
     # A place that is free points to one that came before it merged; those it merged into follow.
     for k in range(n):
         while place[root[k]] != root[k]:
@@ -205,16 +217,16 @@ def _compare(
         cost[k] = price[k] if closer else cost[k]
 
 
-@njit(fastmath=_compares, **OPTIONS)
-def _least(x: Any) -> Any:
-    """Find the first of the least, and it: a pass for the least, and one for its place."""
-    least = x[0]
-    for k in range(1, x.size):
-        least = min(least, x[k])
-    where = np.int32(x.size)
-    for k in range(x.size):
-        where = min(where, np.int32(k) if x[k] == least else np.int32(x.size))
-    return where, least
+@njit(**OPTIONS)
+def _least(bits: Any) -> int:
+    """Find the first of the least: a pass for the least, and one for its place."""
+    least = bits[0]
+    for k in range(1, bits.size):
+        least = min(least, bits[k])
+    where = np.int32(bits.size)
+    for k in range(bits.size):
+        where = min(where, np.int32(k) if bits[k] == least else np.int32(bits.size))
+    return np.int64(where)
 
 
 @njit(**OPTIONS)

@@ -119,6 +119,9 @@ class _Pool:
     def __init__(self, places: int, dim: int, dtype: np.dtype[Any]) -> None:
         self.points = np.empty((places, dim), dtype)
         self.norms, self.counts, self.weights, self.cost = (np.empty(places, dtype) for _ in range(4))
+        self.price = np.empty(places, dtype)
+        integer = np.int32 if dtype.itemsize == 4 else np.int64
+        self.bits = self.cost.view(integer), self.price.view(integer)
         self.nearest = np.empty(places, np.int32)
         self.squared = np.empty((places, places), dtype)
 
@@ -142,7 +145,11 @@ def _merge_stream(points: Floats, norms: Floats, weights: Floats, max_clusters: 
             return None
         labels[part] = np.arange(held, total)
         given = (pool.points, pool.norms, pool.counts, pool.weights, pool.squared, products, max_clusters)
-        places = _reduced(*given) if loops is None else loops.reduced(*given, pool.nearest, pool.cost)
+        places = (
+            _reduced(*given)
+            if loops is None
+            else loops.reduced(*given, pool.nearest, pool.cost, pool.price, *pool.bits)
+        )
         if total > max_clusters:
             labels[: part.stop] = places[labels[: part.stop]]
         held = min(total, max_clusters)

@@ -30,7 +30,7 @@ __all__ = ["Prompt", "agglomerate", "label_tokens", "prompt_blocks", "prompt_wei
 # Queries at the end of a prompt whose attention weights its tokens.
 _LAST_QUERIES = 32
 # Share of the mean attention that every token receives besides.
-_LEAST_ATTENTION = 0.01
+_LEAST_ATTENTION = 0.1
 # Exponent of the distance from the end, which weights tokens where no queries are known.
 _RECENCY = -0.25
 # Tokens compared at once, at least. Few make the passes over distances dear, many the distances.
