@@ -34,6 +34,7 @@ def reduced(
     max_clusters: int,
     all_nearest: Any,
     all_cost: Any,
+    all_second: Any,
     all_price: Any,
     cost_bits: Any,
     price_bits: Any,
@@ -48,6 +49,8 @@ def reduced(
         The cheapest partner of each of the clusters so far; -1 where it has merged. Written.
     all_cost : array, shape (places,)
         What merging with it costs; where it has merged, a bound of what merging with another costs. Written.
+    all_second : array, shape (places,)
+        A bound of what merging with any other than the cheapest costs. Written.
     all_price : array, shape (places,)
         Scratch memory.
     cost_bits, price_bits : array of integers, shape (places,)
@@ -57,7 +60,7 @@ def reduced(
     size, n = products.shape
     held, dtype = n - size, points.dtype
     one, infinite = dtype.type(1), dtype.type(np.inf)
-    nearest, cost = subview(all_nearest, 0, n), subview(all_cost, 0, n)
+    nearest, cost, second = subview(all_nearest, 0, n), subview(all_cost, 0, n), subview(all_second, 0, n)
     cost_bits, price_bits = subview(cost_bits, 0, n), subview(price_bits, 0, n)
     inverse, penalty, price = np.empty(n, dtype), np.zeros(n, dtype), subview(all_price, 0, n)
     for i in range(n):
@@ -65,17 +68,19 @@ def reduced(
     _fill(norms, squared, products)
     for i in range(held, n):
         row = subview(of_stream(squared, i), 0, n)
-        _compare(row, i, inverse, penalty, price, held, i, i, nearest, cost)
+        _compare(row, i, inverse, penalty, price, held, i, i, nearest, cost, second)
         nearest[i] = _least(price_bits)
-        cost[i] = price[nearest[i]]
+        cost[i], price[nearest[i]] = price[nearest[i]], infinite
+        second[i] = price[_least(price_bits)]
     root, place = np.arange(n), np.arange(n)
     for _ in range(n - max_clusters):
         i = _least(cost_bits)
         while nearest[i] < 0:
             row = subview(of_stream(squared, i), 0, n)
-            _compare(row, i, inverse, penalty, price, 0, i, i, nearest, cost)
+            _compare(row, i, inverse, penalty, price, 0, i, i, nearest, cost, second)
             nearest[i] = _least(price_bits)
-            cost[i] = price[nearest[i]]
+            cost[i], price[nearest[i]] = price[nearest[i]], infinite
+            second[i] = price[_least(price_bits)]
             i = _least(cost_bits)
         j = np.int64(nearest[i])
         total = counts[i] + counts[j]
@@ -91,17 +96,18 @@ def reduced(
         counts[i] = total
         weights[i] += weights[j]
         inverse[i] = one / weights[i]
-        penalty[j] = cost[j] = infinite
+        penalty[j] = cost[j] = second[j] = infinite
         place[j] = i
-        _compare(row, i, inverse, penalty, price, n, i, j, nearest, cost)
+        _compare(row, i, inverse, penalty, price, n, i, j, nearest, cost, second)
         nearest[i] = _least(price_bits)
-        cost[i] = price[nearest[i]]
+        cost[i], price[nearest[i]] = price[nearest[i]], infinite
+        second[i] = price[_least(price_bits)]
     # A place that is free points to one that came before it merged; those it merged into follow.
     for k in range(n):
         while place[root[k]] != root[k]:
             root[k] = place[root[k]]
     if n > max_clusters:
-        _close_up(points, norms, counts, weights, squared, penalty, place, nearest, cost)
+        _close_up(points, norms, counts, weights, squared, penalty, place, nearest, cost, second)
         for k in range(n):
             root[k] = place[root[k]]
     return root
@@ -200,21 +206,34 @@ def _join(row: Any, other: Any, share: Any, within: Any) -> None:
 
 @njit(fastmath=_compares, **OPTIONS)
 def _compare(
-    row: Any, who: int, inverse: Any, penalty: Any, price: Any, offered: int, i: int, j: int, nearest: Any, cost: Any
+    row: Any,
+    who: int,
+    inverse: Any,
+    penalty: Any,
+    price: Any,
+    offered: int,
+    i: int,
+    j: int,
+    nearest: Any,
+    cost: Any,
+    second: Any,
 ) -> None:
     """Compute what merging with a cluster costs, and offer it to the first clusters.
 
     Those whose nearest is one of two that have merged no longer have one.
     """
     own, me = inverse[who], np.int32(who)
-    first, second, none = np.int32(i), np.int32(j), np.int32(-1)
+    one, other, none = np.int32(i), np.int32(j), np.int32(-1)
     for k in range(row.size):
         price[k] = row[k] / (own + inverse[k]) + penalty[k]
     for k in range(offered):
-        near = none if (nearest[k] == first) | (nearest[k] == second) else nearest[k]
-        closer = (price[k] < cost[k]) | ((price[k] == cost[k]) & (me < near))
+        gone = (nearest[k] == one) | (nearest[k] == other)
+        near, least = none if gone else nearest[k], second[k] if gone else cost[k]
+        closer = (price[k] < least) | ((price[k] == least) & (me < near))
         nearest[k] = me if closer else near
-        cost[k] = price[k] if closer else cost[k]
+        cost[k] = price[k] if closer else least
+        # Of one that has no nearest, both are the same bound.
+        second[k] = least if closer else min(second[k], price[k])
 
 
 @njit(**OPTIONS)
@@ -240,6 +259,7 @@ def _close_up(
     place: Any,
     nearest: Any,
     cost: Any,
+    second: Any,
 ) -> None:
     """Put the clusters that are left first, in their order, and write the new place of each."""
     left = np.flatnonzero(penalty == 0)
@@ -247,7 +267,7 @@ def _close_up(
         place[left[m]] = m
     for m in range(left.size):
         i = left[m]
-        counts[m], weights[m], cost[m] = counts[i], weights[i], cost[i]
+        counts[m], weights[m], cost[m], second[m] = counts[i], weights[i], cost[i], second[i]
         near = nearest[i]
         nearest[m] = place[near] if near >= 0 and penalty[near] == 0 else -1
         if m < i:

@@ -119,7 +119,7 @@ class _Pool:
     def __init__(self, places: int, dim: int, dtype: np.dtype[Any]) -> None:
         self.points = np.empty((places, dim), dtype)
         self.norms, self.counts, self.weights, self.cost = (np.empty(places, dtype) for _ in range(4))
-        self.price = np.empty(places, dtype)
+        self.second, self.price = np.empty(places, dtype), np.empty(places, dtype)
         integer = np.int32 if dtype.itemsize == 4 else np.int64
         self.bits = self.cost.view(integer), self.price.view(integer)
         self.nearest = np.empty(places, np.int32)
@@ -148,7 +148,7 @@ def _merge_stream(points: Floats, norms: Floats, weights: Floats, max_clusters: 
         places = (
             _reduced(*given)
             if loops is None
-            else loops.reduced(*given, pool.nearest, pool.cost, pool.price, *pool.bits)
+            else loops.reduced(*given, pool.nearest, pool.cost, pool.second, pool.price, *pool.bits)
         )
         if total > max_clusters:
             labels[: part.stop] = places[labels[: part.stop]]
