@@ -237,7 +237,7 @@ def _compare(
 
 
 @njit(**OPTIONS)
-def _least(bits: Any) -> int:
+def _least(bits: Any) -> Any:
     """Find the first of the least: a pass for the least, and one for its place."""
     least = bits[0]
     for k in range(1, bits.size):
@@ -245,7 +245,7 @@ def _least(bits: Any) -> int:
     where = np.int32(bits.size)
     for k in range(bits.size):
         where = min(where, np.int32(k) if bits[k] == least else np.int32(bits.size))
-    return np.int64(where)
+    return where
 
 
 @njit(**OPTIONS)
