@@ -13,9 +13,7 @@ import scipy.linalg.cython_blas  # noqa: F401  # loaded here: threads are not th
 from numba import njit
 from numpy.typing import NDArray
 
-from subgen.default.merging import DIGITS, SAMPLED
-
-from ._numba_merge import choose, edges, product
+from ._numba_merge import choose, edges, lossy, product
 from ._numba_streams import OPTIONS, SUMS, finish, of_stream, take_next, view_at, wait
 
 __all__ = ["Arguments", "absorb"]
@@ -166,7 +164,7 @@ def absorb(to: Any) -> None:
                 space = np.empty(m * live, dtype)
             costs = space[: m * live].reshape(m, live)
             _multiply(points[:live], compared[:m], of_new, costs)
-            if _lossy(costs, compared[:m], half[:live]):
+            if lossy(costs, compared[:m], half[:live]):
                 to.irregular[s] = True
                 break
             first, second, others = _choose(
@@ -391,22 +389,6 @@ def _multiply(points: Any, new: Any, of_new: Any, products: Any) -> None:
             for t in range(points.shape[1]):
                 of_new[r, t] = points[new[r], t]
         np.dot(of_new[:m], points.T, products)
-
-
-@njit(**OPTIONS)
-def _lossy(products: Any, new: Any, half: Any) -> bool:
-    """Whether float32 has lost the digits of most nearest distances; see `subgen.default.merging.ward_costs`."""
-    if half.itemsize > 4:
-        return False
-    lost, counted, digits = 0, 0, half.dtype.type(DIGITS)
-    for r in range(0, new.size, max(1, -(-new.size // SAMPLED))):
-        counted += 1
-        own = half[new[r]]
-        for j in range(half.size):
-            if own + half[j] - products[r, j] < digits * (own + half[j]) and j != new[r]:
-                lost += 1
-                break
-    return 2 * lost > counted
 
 
 @njit(**OPTIONS)

@@ -15,9 +15,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from subgen.default.merging import DIGITS, SAMPLED
+
 from ._numba_streams import OPTIONS, SUMS, of_stream, subview
 
-__all__ = ["choose", "edges", "product"]
+__all__ = ["choose", "edges", "lossy", "product"]
 
 Integers = NDArray[np.int64]
 
@@ -47,6 +49,22 @@ def edges(points: Any, half: Any, weight: Any, nearest: Any, edge: Any) -> None:
         if j >= 0:
             apart = max(half[i] + half[j] - product(points, i, points, j, points.shape[1]), zero)
             edge[i] = apart * (weight[i] * weight[j] / (weight[i] + weight[j]))
+
+
+@njit(**OPTIONS)
+def lossy(products: Any, new: Any, half: Any) -> bool:
+    """Whether float32 has lost the digits of most nearest distances; see `subgen.default.merging.ward_costs`."""
+    if half.itemsize > 4:
+        return False
+    lost, counted, digits = 0, 0, half.dtype.type(DIGITS)
+    for r in range(0, new.size, max(1, -(-new.size // SAMPLED))):
+        counted += 1
+        own = half[new[r]]
+        for j in range(half.size):
+            if own + half[j] - products[r, j] < digits * (own + half[j]) and j != new[r]:
+                lost += 1
+                break
+    return 2 * lost > counted
 
 
 @njit(fastmath=SUMS, **OPTIONS)

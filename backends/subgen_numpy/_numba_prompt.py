@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from subgen.default.merging import DIGITS, SAMPLED
-
-from ._numba_merge import product
+from ._numba_merge import lossy, product
 from ._numba_streams import OPTIONS, of_stream, subview
 
 __all__ = ["lossy", "reduced", "summarize"]
@@ -26,7 +24,7 @@ _TILE = 16
 @njit(**OPTIONS)
 def reduced(
     points: Any,
-    norms: Any,
+    half: Any,
     counts: Any,
     weights: Any,
     squared: Any,
@@ -43,7 +41,7 @@ def reduced(
 
     Parameters
     ----------
-    points, norms, counts, weights, squared, products, max_clusters
+    points, half, counts, weights, squared, products, max_clusters
         As in `subgen_numpy.prompt`.
     all_nearest : int32 array, shape (places,)
         The cheapest partner of each of the clusters so far; -1 where it has merged. Written.
@@ -65,22 +63,18 @@ def reduced(
     inverse, penalty, price = np.empty(n, dtype), np.zeros(n, dtype), subview(all_price, 0, n)
     for i in range(n):
         inverse[i] = one / weights[i]
-    _fill(norms, squared, products)
+    _fill(half, squared, products)
     for i in range(held, n):
         row = subview(of_stream(squared, i), 0, n)
         _compare(row, i, inverse, penalty, price, held, i, i, nearest, cost, second)
-        nearest[i] = _least(price_bits)
-        cost[i], price[nearest[i]] = price[nearest[i]], infinite
-        second[i] = price[_least(price_bits)]
+        _search(i, price, price_bits, nearest, cost, second)
     root, place = np.arange(n), np.arange(n)
     for _ in range(n - max_clusters):
         i = _least(cost_bits)
         while nearest[i] < 0:
             row = subview(of_stream(squared, i), 0, n)
             _compare(row, i, inverse, penalty, price, 0, i, i, nearest, cost, second)
-            nearest[i] = _least(price_bits)
-            cost[i], price[nearest[i]] = price[nearest[i]], infinite
-            second[i] = price[_least(price_bits)]
+            _search(i, price, price_bits, nearest, cost, second)
             i = _least(cost_bits)
         j = np.int64(nearest[i])
         total = counts[i] + counts[j]
@@ -99,34 +93,16 @@ def reduced(
         penalty[j] = cost[j] = second[j] = infinite
         place[j] = i
         _compare(row, i, inverse, penalty, price, n, i, j, nearest, cost, second)
-        nearest[i] = _least(price_bits)
-        cost[i], price[nearest[i]] = price[nearest[i]], infinite
-        second[i] = price[_least(price_bits)]
+        _search(i, price, price_bits, nearest, cost, second)
     # A place that is free points to one that came before it merged; those it merged into follow.
     for k in range(n):
         while place[root[k]] != root[k]:
             root[k] = place[root[k]]
     if n > max_clusters:
-        _close_up(points, norms, counts, weights, squared, penalty, place, nearest, cost, second)
+        _close_up(points, half, counts, weights, squared, penalty, place, nearest, cost, second)
         for k in range(n):
             root[k] = place[root[k]]
     return root
-
-
-@njit(**OPTIONS)
-def lossy(products: Any, norms: Any, held: int) -> bool:
-    """Whether float32 has lost the digits of most nearest distances; see `subgen_numpy.prompt`."""
-    size, n = products.shape
-    step, looked, lost = max(1, -(-size // SAMPLED)), 0, 0
-    two, digits = norms.dtype.type(2), norms.dtype.type(DIGITS)
-    for r in range(0, size, step):
-        looked += 1
-        for k in range(n):
-            both = norms[held + r] + norms[k]
-            if k != held + r and both - two * products[r, k] < digits * both:
-                lost += 1
-                break
-    return 2 * lost > looked
 
 
 @njit(**OPTIONS)
@@ -175,16 +151,16 @@ def summarize(
 
 
 @njit(**OPTIONS)
-def _fill(norms: Any, squared: Any, products: Any) -> None:
+def _fill(half: Any, squared: Any, products: Any) -> None:
     """Turn products into the squared distances of the new from all; both halves."""
     size, n = products.shape
-    held, dtype = n - size, norms.dtype
+    held, dtype = n - size, half.dtype
     two, zero = dtype.type(2), dtype.type(0)
     for r in range(size):
         row, given = of_stream(squared, held + r), of_stream(products, r)
-        own = norms[held + r]
+        own = half[held + r]
         for k in range(n):
-            row[k] = max(own + norms[k] - two * given[k], zero)
+            row[k] = max(two * (own + half[k] - given[k]), zero)
     for r in range(size):
         for q in range(r):
             middle = (squared[held + r, held + q] + squared[held + q, held + r]) * dtype.type(0.5)
@@ -237,6 +213,15 @@ def _compare(
 
 
 @njit(**OPTIONS)
+def _search(i: int, price: Any, price_bits: Any, nearest: Any, cost: Any, second: Any) -> None:
+    """Find the nearest of a cluster and the second least cost, from what merging with each costs: written over."""
+    near = _least(price_bits)
+    nearest[i], cost[i] = near, price[near]
+    price[near] = np.inf
+    second[i] = price[_least(price_bits)]
+
+
+@njit(**OPTIONS)
 def _least(bits: Any) -> Any:
     """Find the first of the least: a pass for the least, and one for its place."""
     least = bits[0]
@@ -251,7 +236,7 @@ def _least(bits: Any) -> Any:
 @njit(**OPTIONS)
 def _close_up(
     points: Any,
-    norms: Any,
+    half: Any,
     counts: Any,
     weights: Any,
     squared: Any,
@@ -273,7 +258,7 @@ def _close_up(
         if m < i:
             for t in range(points.shape[1]):
                 points[m, t] = points[i, t]
-        norms[m] = product(points, m, points, m, points.shape[1])
+        half[m] = product(points, m, points, m, points.shape[1]) * half.dtype.type(0.5)
         to, row = of_stream(squared, m), of_stream(squared, i)
         for k in range(left.size):
             to[k] = row[left[k]]

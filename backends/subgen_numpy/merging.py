@@ -22,7 +22,7 @@ from subgen.default.state import Clusters
 from ._numba import compiled
 from ._parallel import by_streams
 
-__all__ = ["WORTH_A_THREAD", "merge_closest", "merge_stream", "root_of"]
+__all__ = ["WORTH_A_THREAD", "lossy", "merge_closest", "merge_stream", "points_of"]
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
@@ -180,7 +180,9 @@ def _choose(
         Of those in no pair, the nearest other in no pair; -1 where there is none.
     """
     n, dtype = clusters.counts.shape[0], clusters.keys.dtype
-    points = _points(clusters, metric, value_scale)
+    weight = clusters.counts.astype(dtype)
+    weight /= weight.sum()
+    points = points_of(clusters.keys, clusters.values, weight @ clusters.keys, metric, value_scale)
     nearest = _cached(clusters, surplus)
     new = np.flatnonzero(nearest < 0)
     m = new.size
@@ -217,7 +219,7 @@ def _choose(
         factor /= total
         products *= factor
 
-    if dtype == np.float32 and not wild and _lossy(costs, new, half):
+    if dtype == np.float32 and not wild and lossy(costs, new, half):
         precise = tree_map(lambda x: x.astype(np.float64) if x.dtype == dtype else x, clusters)
         precise_metric = None if metric is None else metric.astype(np.float64)
         return _choose(precise, precise_metric, np.float64(value_scale), surplus, _Space(np.dtype(np.float64)))
@@ -255,7 +257,7 @@ def _choose(
     return _match(_Pairs(new, row, costs, nearest, edge), surplus)
 
 
-def _lossy(products: Floats, new: Integers, half: Floats) -> bool:
+def lossy(products: Floats, new: Integers, half: Floats) -> bool:
     """Whether float32 has lost the digits of most nearest distances; see `subgen.default.merging.ward_costs`."""
     rows = np.arange(0, new.size, max(1, -(-new.size // SAMPLED)))
     sums = half[new[rows], None] + half
@@ -264,23 +266,23 @@ def _lossy(products: Floats, new: Integers, half: Floats) -> bool:
     return 2 * int(near.any(axis=1).sum()) > rows.size
 
 
-def _points(clusters: Clusters, metric: Floats | None, value_scale: Any) -> Floats:
-    """Points whose squared distances are those of keys in the metric and of values together."""
-    dtype, d = clusters.keys.dtype, clusters.keys.shape[-1]
-    points = np.empty((clusters.keys.shape[0], d + clusters.values.shape[-1]), dtype)
-    weight = clusters.counts.astype(dtype)
-    weight /= weight.sum()
-    # Differences are all that matters: without the common offset, float32 keeps the digits.
-    keys = clusters.keys - weight @ clusters.keys
+def points_of(keys: Floats, values: Floats, centre: Floats, metric: Floats | None, value_scale: Any) -> Floats:
+    """Points whose squared distances are those of keys in the metric and of values together.
+
+    Differences are all that matters: without the common offset, ``centre``, float32 keeps the digits.
+    """
+    d = keys.shape[-1]
+    points = np.empty((keys.shape[0], d + values.shape[-1]), keys.dtype)
+    keys = keys - centre
     if metric is None:
         points[:, :d] = keys
     else:
-        np.matmul(keys, root_of(metric), out=points[:, :d])
-    np.divide(clusters.values, value_scale, out=points[:, d:])
+        np.matmul(keys, _root(metric), out=points[:, :d])
+    np.divide(values, value_scale, out=points[:, d:])
     return points
 
 
-def root_of(metric: Floats) -> Floats:
+def _root(metric: Floats) -> Floats:
     """Return a matrix whose product with its transpose is the metric."""
     with np.errstate(all="ignore"):
         if np.isfinite(metric).all():

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subgen._tree import tree_map
-from subgen.default.merging import DIGITS, SAMPLED, band_means, bands
+from subgen.default.merging import band_means, bands
 from subgen.default.prompt import Prompt, label_tokens, prompt_blocks
 from subgen.default.state import Clusters
 
 from ._numba import compiled
 from ._parallel import by_streams
-from .merging import root_of
+from .merging import lossy, points_of
 
 __all__ = ["agglomerate"]
 
@@ -80,26 +80,15 @@ def _summarize(own: Prompt, labels: Integers, to: Clusters) -> None:
 
 def _labels(own: Prompt, max_clusters: int) -> Integers:
     """Find the cluster of each token of a stream."""
-    points = _points(own)
-    norms = np.vecdot(points, points)
-    if not float(norms.max()) < float(np.finfo(points.dtype).max) ** 0.5 / 4:  # NaN, too
+    points = points_of(own.keys, own.values, own.keys.mean(axis=0), own.metric, own.value_scale)
+    half = np.vecdot(points, points) * points.dtype.type(0.5)
+    if not float(half.max()) < float(np.finfo(points.dtype).max) ** 0.5 / 8:  # NaN, too
         found: Integers = label_tokens(tree_map(lambda x: x[None, ...], own), max_clusters)[0]
         return found
-    labels = _merge_stream(points, norms, own.weights, max_clusters)
+    labels = _merge_stream(points, half, own.weights, max_clusters)
     if labels is None:
         return _labels(tree_map(lambda x: x.astype(np.float64), own), max_clusters)
     return labels
-
-
-def _points(own: Prompt) -> Floats:
-    """Points whose squared distances are those of keys in the metric and of values together."""
-    keys, values = own.keys, own.values
-    n, d = keys.shape
-    points = np.empty((n, d + values.shape[1]), keys.dtype)
-    # Differences are all that matters: without the common offset, float32 keeps the digits.
-    np.matmul(keys - keys.mean(axis=0), root_of(own.metric), out=points[:, :d])
-    np.divide(values, own.value_scale, out=points[:, d:])
-    return points
 
 
 class _Pool:
@@ -109,7 +98,8 @@ class _Pool:
     ----------
     points : array, shape (places, dim)
         Means.
-    norms, counts, weights : array, shape (places,)
+    half, counts, weights : array, shape (places,)
+        Half of the squares of the points, numbers of members, and weights.
     cost, nearest : array, shape (places,)
         Of the compiled loops: the cheapest partner of each, and what it costs.
     squared : array, shape (places, places)
@@ -118,7 +108,7 @@ class _Pool:
 
     def __init__(self, places: int, dim: int, dtype: np.dtype[Any]) -> None:
         self.points = np.empty((places, dim), dtype)
-        self.norms, self.counts, self.weights, self.cost = (np.empty(places, dtype) for _ in range(4))
+        self.half, self.counts, self.weights, self.cost = (np.empty(places, dtype) for _ in range(4))
         self.second, self.price = np.empty(places, dtype), np.empty(places, dtype)
         integer = np.int32 if dtype.itemsize == 4 else np.int64
         self.bits = self.cost.view(integer), self.price.view(integer)
@@ -126,7 +116,7 @@ class _Pool:
         self.squared = np.empty((places, places), dtype)
 
 
-def _merge_stream(points: Floats, norms: Floats, weights: Floats, max_clusters: int) -> Integers | None:
+def _merge_stream(points: Floats, half: Floats, weights: Floats, max_clusters: int) -> Integers | None:
     """Merge the points of a stream; None where float32 does not have the digits."""
     n, dim = points.shape
     blocks = prompt_blocks(n, max_clusters)
@@ -138,13 +128,14 @@ def _merge_stream(points: Floats, norms: Floats, weights: Floats, max_clusters: 
         size = part.stop - part.start
         total = held + size
         new = slice(held, total)
-        pool.points[new], pool.norms[new], pool.weights[new] = points[part], norms[part], weights[part]
+        pool.points[new], pool.half[new], pool.weights[new] = points[part], half[part], weights[part]
         pool.counts[new] = 1
         products = pool.points[new] @ pool.points[:total].T
-        if points.dtype == np.float32 and (_lossy if loops is None else loops.lossy)(products, pool.norms, held):
+        labels[part] = places = np.arange(held, total)
+        lost = lossy if loops is None else loops.lossy
+        if points.dtype == np.float32 and lost(products, places, pool.half[:total]):
             return None
-        labels[part] = np.arange(held, total)
-        given = (pool.points, pool.norms, pool.counts, pool.weights, pool.squared, products, max_clusters)
+        given = (pool.points, pool.half, pool.counts, pool.weights, pool.squared, products, max_clusters)
         places = (
             _reduced(*given)
             if loops is None
@@ -156,19 +147,9 @@ def _merge_stream(points: Floats, norms: Floats, weights: Floats, max_clusters: 
     return labels
 
 
-def _lossy(products: Floats, norms: Floats, held: int) -> bool:
-    """Whether float32 has lost the digits of most nearest distances; see `subgen.default.prompt`."""
-    size, total = products.shape
-    rows = np.arange(0, size, max(1, -(-size // SAMPLED)))
-    sums = norms[held + rows, None] + norms[:total]
-    near = sums - 2 * products[rows] < norms.dtype.type(DIGITS) * sums
-    near[np.arange(rows.size), held + rows] = False
-    return 2 * int(near.any(axis=1).sum()) > rows.size
-
-
 def _reduced(
     points: Floats,
-    norms: Floats,
+    half: Floats,
     counts: Floats,
     weights: Floats,
     squared: Floats,
@@ -179,7 +160,7 @@ def _reduced(
 
     Parameters
     ----------
-    points, norms, counts, weights, squared : array
+    points, half, counts, weights, squared : array
         See `_Pool`. Written.
     products : array, shape (new, clusters)
         Of the points of new clusters and of all.
@@ -192,7 +173,7 @@ def _reduced(
     """
     size, n = products.shape
     held = n - size
-    rows = norms[held:n, None] + norms[:n] - 2 * products
+    rows = 2 * (half[held:n, None] + half[:n] - products)
     np.maximum(rows, 0, out=rows)
     rows[:, held:] = (rows[:, held:] + rows[:, held:].T) * rows.dtype.type(0.5)
     squared[held:n, :n] = rows
@@ -230,10 +211,10 @@ def _reduced(
         nearest[first] = costs.argmin()
         cost[first] = costs[nearest[first]]
     gone = penalty > 0
-    norms[:n] = np.vecdot(points[:n], points[:n])
+    half[:n] = np.vecdot(points[:n], points[:n]) * half.dtype.type(0.5)
     left = np.flatnonzero(~gone)
     if left.size < n:
-        for x in (points, norms, counts, weights):
+        for x in (points, half, counts, weights):
             x[: left.size] = x[left]
         squared[: left.size, : left.size] = squared[left[:, None], left]
     places: Integers = (np.cumsum(~gone) - 1)[root]

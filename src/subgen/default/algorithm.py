@@ -265,7 +265,6 @@ class ClusterMeans:
         ]
         clusters, labels = concat([x for x, _ in some], axis=0), concat([x for _, x in some], axis=0)
         (options,) = self._options(state, [n], heads)
-        first, behind = slice(0, self.sink), slice(self.sink + n_evicted, n)
         quantized = isinstance(state.clusters.keys, Quantized)
         residual = state.residual
         if residual is not None and options.draws is not None:
@@ -273,12 +272,7 @@ class ClusterMeans:
             same = xp.broadcast_to(positions(limit, keys)[None, :], (keys.shape[0], limit))
             residual = sample_tokens(residual, keys[:, own, :], values[:, own, :], labels, same, 0, options.draws)
         state = State(store(clusters, keys.dtype, options.dithers, quantized), state.exact, residual, n_evicted)
-        for part in (first, behind):
-            if part.start < part.stop:
-                rows = None if queries is None else queries[:, :, part, :]
-                codes = None if rows is None else self._quantize(replace(state, n_seen=part.start), rows)
-                state = append(state, keys[:, part, :], values[:, part, :], codes)
-        return self.with_cache(state)
+        return self.with_cache(self._append_ends(state, keys, values, queries, n_evicted))
 
     def _prefill_in_blocks(
         self,
@@ -305,12 +299,16 @@ class ClusterMeans:
             window = replace(tree_map(lambda x, part=slice(first, end): x[:, part, ...], tokens), n=end - first)
             options = replace(options, sink=0, n_evicted=stop - start, max_clusters=limit, refresh=True)
             state = self.with_cache(absorb(replace(state, exact=window, n_seen=end - self.sink), options))
-        # Sinks, and the window behind the last block.
         state = replace(state, exact=self.init(keys, values).exact, n_seen=n_evicted)
-        for part in (slice(0, self.sink), slice(self.sink + n_evicted, n)):
+        return self._append_ends(state, keys, values, queries, n_evicted)
+
+    def _append_ends(self, state: State, keys: Array, values: Array, queries: Array | None, n_evicted: int) -> State:
+        """Append the tokens of a prompt that stay exact: the sinks, and the window behind those that left it."""
+        for part in (slice(0, self.sink), slice(self.sink + n_evicted, keys.shape[1])):
             if part.start < part.stop:
-                some = tree_map(lambda x, part=part: x[:, part, ...], tokens)
-                state = append(state, some.keys, some.values, some.queries)
+                rows = None if queries is None else queries[:, :, part, :]
+                codes = None if rows is None else self._quantize(replace(state, n_seen=part.start), rows)
+                state = append(state, keys[:, part, :], values[:, part, :], codes)
         return state
 
     def _compressed(
