@@ -102,7 +102,7 @@ def draw_plot(scores: dict[str, dict[str, Score]], exact: Score, path: Path) -> 
 
 def stream(model: Any, tokens: int, block: int = 500) -> None:
     """Read a long text in memory that does not grow."""
-    cache = SubGenCache(model.config, max_clusters=128, window=64, prefill="streaming", rollback=0)
+    cache = SubGenCache(model.config, max_clusters=128, window=64, prefill="streaming")
     ids = torch.tensor(list(source(tokens + 1)))[None]
     every, held, loss = max(1, tokens // block // 10), [], 0.0
     with bar() as progress, torch.inference_mode():

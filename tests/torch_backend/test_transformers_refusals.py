@@ -297,7 +297,7 @@ def test_a_model_that_skips_layers_is_refused() -> None:
 def test_layers_that_slide_take_tokens_back_while_they_hold_them() -> None:
     model = model_of("hybrid")
     ids, other = tokens(2, 60), tokens(2, 8, seed=1)
-    cache, expected = (small(model, max_clusters=64, window=64) for _ in range(2))
+    cache, expected = (small(model, max_clusters=64, window=64, rollback=64) for _ in range(2))
     logits(model, [ids[:, :10]], cache)
     cache.crop(-4)  # before the window of 12 is full, all tokens are held
     logits(model, [ids[:, 6:40]], cache)
@@ -340,7 +340,7 @@ def test_a_row_whose_first_tokens_are_partly_taken_back_keeps_the_others() -> No
     ids = tokens(2, 30)
     mask = torch.ones(2, 32, dtype=torch.long)
     mask[0, :13] = 0
-    cache = small(model, max_clusters=64, window=64)
+    cache = small(model, max_clusters=64, window=64, rollback=64)
     cache.activate_past_recording()
     logits(model, cut(ids[:, :20], 10, 5), cache, mask)  # row 0 begins in the second block
     cache.crop(-3)

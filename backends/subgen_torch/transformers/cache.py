@@ -69,9 +69,9 @@ class SubGenCache(Cache):
         sketch holds at that moment. Later calls, and so the later chunks of a prompt that comes in chunks, always
         are streaming.
     rollback : int
-        How many of a call's tokens can be taken back, for speculative decoding: at least as many as are drafted at
-        once. Until the next call the last tokens are kept for it, and the state before them, if there were more than
-        one. 0 keeps nothing: half the memory where long text is streamed in blocks.
+        How many of a call's tokens can be taken back. Speculative decoding (``prompt_lookup_num_tokens``,
+        ``assistant_model``) needs at least as many as are drafted at once. Then the last tokens of a call, and the
+        state before them, are kept until the next call: the memory of two caches.
 
     Raises
     ------
@@ -106,7 +106,7 @@ class SubGenCache(Cache):
         storage: Storage = "input",
         seed: int = 0,
         prefill: str = "exact",
-        rollback: int = 64,
+        rollback: int = 0,
     ) -> None:
         if not isinstance(config, PretrainedConfig):
             what = "the model itself" if hasattr(config, "config") else f"{type(config).__name__}"

@@ -180,6 +180,11 @@ class SubGenLayer(StateLayer[_State]):
             return held if held.rollback is None else replace(held, rollback=None)
         most = 0 if held.rollback is None else held.rollback.size
         if held.rollback is None or held.scale is None or tokens > most:
+            if not self.rollback:
+                raise ValueError(
+                    f"this cache takes no tokens back, and crop was to remove {tokens} of {held.seen}: make it with "
+                    f"SubGenCache(..., rollback=64), which speculative decoding needs"
+                )
             raise ValueError(
                 f"crop was to remove {tokens} of {held.seen} tokens, and the last {most} can be taken back: the rest "
                 f"is in the summary. Only the last block of a call can be, up to rollback={self.rollback} tokens of it"
