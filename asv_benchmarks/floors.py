@@ -174,7 +174,7 @@ def main() -> None:
     for name, t in taken.items():
         pair = size // 2 if "float16" in name else size
         # A quarter of the bytes of a mean in float32, and two scales.
-        mean = size / 4 + 8 * args.heads * pair / size if name.endswith("8 bits") else pair
+        mean = size / 4 + 8 * args.heads * pair / size if name.endswith("int8 clusters") else pair
         report(name, t, (args.clusters * mean + (held - args.clusters) * pair) / bandwidth, yardstick)
     del calls
 
@@ -207,11 +207,22 @@ def main() -> None:
         eighth = arrays(args.heads, max(1, args.prompt // 8), args.dim, 4)
         exact = "exact causal torch (one key-value head of all)"
         calls = {exact: [lambda: causal_exact(*causal)]} if torch else {}
+        # Products of coordinates: half windows compare all clusters again, a whole prompt compares new tokens with all.
+        work = {
+            "update": args.heads * args.prompt / passing * merging_work(args.clusters, passing, args.dim),
+            "prefill": args.heads * args.prompt * 2 * args.clusters * 2 * args.dim,
+        }
         for name, make in libraries.items():
             block = [make(x) for x in (eighth[1], eighth[2], eighth[0])]
-            calls[f"sketch {name} (an eighth of the tokens)"] = [
+
+            def prefill(block: Sequence[Any] = block) -> None:
+                empty = AttentionSketch(args.clusters, window=args.window, sink=sink)
+                empty.prefill(*block[:2], queries=block[2])
+
+            calls[f"sketch {name}, update (an eighth of the tokens)"] = [
                 lambda name=name, block=block: sketches[name].update(*block[:2], queries=block[2])
             ]
+            calls[f"sketch {name}, prefill (an eighth of the tokens)"] = [prefill]
         taken = seconds(calls, 3)
         factor = {name: args.heads if name == exact else args.prompt / eighth[1].shape[1] for name in taken}
         whole = {name: t * factor[name] for name, t in taken.items()}
@@ -219,8 +230,7 @@ def main() -> None:
             if name == exact:
                 report(name, t, 2 * args.heads * GROUP * args.prompt**2 * args.dim / rate)
             else:
-                work = args.heads * args.prompt / passing * merging_work(args.clusters, passing, args.dim)
-                report(name, t, work / rate, whole.get(exact))
+                report(name, t, work["prefill" if "prefill" in name else "update"] / rate, whole.get(exact))
         del causal, eighth, calls
 
     if len(args.flat) > 1:
