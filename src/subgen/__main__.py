@@ -1,4 +1,4 @@
-"""The command line: ``subgen run``, ``demo``, ``compare``, ``plan``, ``backends``."""
+"""The command line: ``subgen run``, ``demo``, ``compare``, ``plan``, ``capture``, ``backends``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .evaluation.cover import delta_for_clusters
 from .evaluation.plan import Plan, plan
 from .evaluation.plot import plot_comparison, plot_reports
 from .evaluation.stream import Report, stream_capture
-from .io.captures import Capture, FileError, read_capture, sample, write_arrays
+from .io.captures import Capture, FileError, existing_file, read_capture, sample, write_arrays
 from .sketch import AttentionSketch
 
 __all__ = ["app"]
@@ -171,6 +171,7 @@ def _comparison_table(name: str, result: Comparison) -> Table:
     )
     for share, pairs in zip(result.budgets, result.pairs, strict=True):
         table.add_column(f"{share:.0%}, {pairs} pairs", justify="right")
+        table.add_column("worst head", justify="right")
         table.add_column("bytes", justify="right")
     best = result.error.argmin(axis=0)
     for i, method in enumerate(result.methods):
@@ -178,7 +179,7 @@ def _comparison_table(name: str, result: Comparison) -> Table:
         for j in range(len(result.budgets)):
             error = f"{result.error[i, j]:.4f}"
             cells += [f"[bold]{error}[/bold]" if i == best[j] else error]
-            cells += [f"{result.held_nbytes[i, j] / result.full_nbytes:.1%}"]
+            cells += [f"{result.worst_error[i, j]:.3f}", f"{result.held_nbytes[i, j] / result.full_nbytes:.1%}"]
         table.add_row(method, *cells)
     return table
 
@@ -246,6 +247,44 @@ def _plan_tables(name: str, found: Plan) -> tuple[Table, Table]:
     for row in found.measured:
         default.add_row(f"{row.clusters:,}", f"{row.share:.1%}", f"{row.error:.4f}")
     return theorem, default
+
+
+@app.command("capture")
+def capture_model(
+    model: Annotated[str, typer.Argument(help="Folder or name of a model of transformers, with its tokenizer.")],
+    text: Annotated[Path, typer.Argument(help="Text file, in UTF-8.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write q, k and v: .npz or .safetensors.")],
+    layers: Annotated[str, typer.Option(help="Indices with commas; all that attend to all tokens if not given.")] = "",
+    length: Annotated[int, typer.Option(help="Tokens read: the first of the text.")] = 2048,
+    dtype: Annotated[
+        str, typer.Option(help="Of the arrays: float16 or float32. The model runs in float32.")
+    ] = "float16",
+) -> None:
+    """Write the queries, keys and values of a model that reads a text, for the commands run, compare and plan."""
+    with _clear_errors():
+        _check_output(output)
+        indices = _indices(layers)
+        try:
+            from subgen_torch.transformers.recording import capture_text
+        except ImportError as error:
+            raise ValueError(f"{error}") from error
+        try:
+            words = existing_file(text, "expected a text file").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FileError(f"{text}: is not text in UTF-8: {error}") from error
+        console = Console()
+        with console.status("reading the text"):
+            found = capture_text(model, words, length=length, layers=indices, dtype=dtype)
+        write_arrays(output, {"q": found.q, "k": found.k, "v": found.v})
+        streams, n, head_dim = found.k.shape
+        console.print(f"{streams} streams, {n} tokens, head_dim {head_dim}, {dtype}: written to {output}")
+
+
+def _indices(layers: str) -> list[int] | None:
+    try:
+        return [int(x) for x in layers.split(",")] if layers.strip() else None
+    except ValueError as error:
+        raise ValueError(f"--layers takes indices with commas, such as 0,4,8: got {layers!r}") from error
 
 
 @app.command("backends")

@@ -21,7 +21,8 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 from .cache import SubGenCache
+from .recording import capture
 from .report import CacheReport, LayerReport
 from .switch import disable, enable
 
-__all__ = ["CacheReport", "LayerReport", "SubGenCache", "disable", "enable"]
+__all__ = ["CacheReport", "LayerReport", "SubGenCache", "capture", "disable", "enable"]

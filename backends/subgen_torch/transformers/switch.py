@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache
 from .call import Calls
 from .families import refuse_model
 
-__all__ = ["NAME", "disable", "enable"]
+__all__ = ["NAME", "check_model", "disable", "enable", "switched"]
 
 #: The name of the attention in transformers.
 NAME = "subgen"
@@ -35,7 +36,7 @@ def enable(model: Any) -> None:
     ValueError
         If the model is of a family that cannot work; the message says why.
     """
-    _check_model("enable", model)
+    check_model("enable", model)
     refuse_model(model)
     before = [(config, config._attn_implementation) for config in _configs(model)]
     known = [pair for pair in _previous(model) if pair[0]._attn_implementation == NAME]
@@ -61,7 +62,7 @@ def disable(model: Any) -> None:
     TypeError
         If it is not a model.
     """
-    _check_model("disable", model)
+    check_model("disable", model)
     # A part that was switched to another attention since then keeps it.
     previous = {id(config): name for config, name in _previous(model) if config._attn_implementation == NAME}
     names = [(config, previous.get(id(config), config._attn_implementation)) for config in _configs(model)]
@@ -93,7 +94,20 @@ def _configs(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _check_model(name: str, model: Any) -> None:
+@contextmanager
+def switched(model: Any, name: str) -> Iterator[None]:
+    """Switch a model to another attention inside the block, and back."""
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        for config, previous in before:
+            config._attn_implementation = previous  # also that of its parts, which come after it
+
+
+def check_model(name: str, model: Any) -> None:
+    """Refuse what is not a model of transformers."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "set_attn_implementation"):
         what = "its configuration" if isinstance(model, PretrainedConfig) else type(model).__name__
         raise TypeError(f"{name} takes a model of transformers, got {what}: pass the model itself, {name}(model)")
