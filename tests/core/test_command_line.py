@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from subgen import AttentionSketch, attention
 from subgen.__main__ import app
-from subgen.evaluation.compare import METHODS
+from subgen.evaluation.compare import METHODS, compare
 from subgen.evaluation.stream import stream_capture
 from subgen.io.captures import FileError, read_capture, sample, write_arrays
 
@@ -290,3 +290,21 @@ def test_the_command_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "the command line needs typer: pip install 'subgen-attention[cli]'"
+
+
+def test_a_comparison_prints_as_a_table_and_gives_columns(tmp_path: Path) -> None:
+    result = compare(sample(), [0.1, 0.25], prefix=200, methods=["snapkv", "oracle"])
+    columns = result.to_dict()
+    assert columns["method"] == ["snapkv", "snapkv", "oracle", "oracle"]
+    assert columns["budget"] == [0.1, 0.25] * 2
+    assert columns["error"] == result.error.ravel().tolist()
+    assert columns["worst_error"] == result.stream_error.max(axis=2).ravel().tolist()
+    assert len({len(column) for column in columns.values()}) == 1
+    assert json.loads(json.dumps(columns)) == columns
+    table = repr(result).splitlines()
+    assert len(table) == 4
+    assert f"{result.error[1, 0]:.4f} {result.worst_error[1, 0]:.4f} 100.0%" in table[2]
+    result.plot(tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    result.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

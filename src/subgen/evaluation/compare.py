@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,9 +123,9 @@ METHODS: Mapping[str, Compress] = {
 Budgets count pairs; ``subgen-int8`` instead holds what fits into the bytes of as many pairs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """What a comparison showed.
+    """What a comparison showed; prints as a table.
 
     Attributes
     ----------
@@ -161,6 +162,68 @@ class Comparison:
     sinks: int
     window: int
     positions: NDArray[np.int64]
+
+    @property
+    def worst_error(self) -> NDArray[np.float64]:
+        """Error of the worst query stream: shape (methods, budgets)."""
+        worst: NDArray[np.float64] = self.stream_error.max(axis=-1)
+        return worst
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the results as columns, a row for each method and budget.
+
+        Returns
+        -------
+        dict of str to list
+            ``method``, ``budget``, ``pairs``, ``error``, ``worst_error``, ``bytes`` (as a share of all pairs) and
+            ``seconds``: numbers and strings alone, for JSON or ``pandas.DataFrame``.
+        """
+        columns = {
+            "error": self.error,
+            "worst_error": self.worst_error,
+            "bytes": self.held_nbytes / self.full_nbytes,
+            "seconds": self.seconds,
+        }
+        return {
+            "method": [name for name in self.methods for _ in self.budgets],
+            "budget": list(self.budgets) * len(self.methods),
+            "pairs": list(self.pairs) * len(self.methods),
+            **{name: column.ravel().tolist() for name, column in columns.items()},
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Write a picture of the errors; see `subgen.evaluation.plot.plot_comparison`.
+
+        Parameters
+        ----------
+        path : str or Path
+            Ends in ``.png`` or ``.svg``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        FileError
+            If the file cannot be written.
+        """
+        from .plot import plot_comparison  # it reads this class
+
+        plot_comparison(self, path)
+
+    def __repr__(self) -> str:
+        width = max(len(name) for name in ("method", *self.methods))
+        head = [f"{share:.0%}: error, worst head, bytes" for share in self.budgets]
+        lines = [f"{'method':<{width}}  " + "  ".join(head)]
+        for i, name in enumerate(self.methods):
+            cells = [
+                f"{error:.4f} {worst:.4f} {held / self.full_nbytes:.1%}".rjust(len(word))
+                for error, worst, held, word in zip(
+                    self.error[i], self.worst_error[i], self.held_nbytes[i], head, strict=True
+                )
+            ]
+            lines.append(f"{name:<{width}}  " + "  ".join(cells))
+        lines.append(f"{self.prefix} tokens compressed, {len(self.positions)} later queries of each stream")
+        return "\n".join(lines)
 
 
 def compare(

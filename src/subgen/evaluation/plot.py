@@ -25,14 +25,14 @@ _LABELS = {
 
 
 def plot_reports(reports: Mapping[str, Report], path: str | Path, title: str) -> None:
-    """Write a PNG with the error and the bytes held over n, a line for each report.
+    """Write a PNG or SVG with the error and the bytes held over n, a line for each report.
 
     Parameters
     ----------
     reports : mapping of str to Report
         By name of the method; all of one capture.
     path : str or Path
-        Its folder is made if need be.
+        Its folder is made if need be. One that ends in ``.svg`` gets an SVG, any other a PNG.
     title : str
 
     Raises
@@ -68,13 +68,13 @@ def plot_reports(reports: Mapping[str, Report], path: str | Path, title: str) ->
 
 
 def plot_comparison(result: Comparison, path: str | Path) -> None:
-    """Write a PNG with the error of each method, a bar for each budget, best method first.
+    """Write a PNG or SVG with the error of each method, a bar for each budget, best method first.
 
     Parameters
     ----------
     result : Comparison
     path : str or Path
-        Its folder is made if need be.
+        Its folder is made if need be. One that ends in ``.svg`` gets an SVG, any other a PNG.
 
     Raises
     ------
@@ -107,4 +107,5 @@ def _save(figure: Figure, path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error}") from error
-    write_file(path, lambda file: figure.savefig(file, format="png"))
+    kind = "svg" if path.suffix.lower() == ".svg" else "png"
+    write_file(path, lambda file: figure.savefig(file, format=kind))
