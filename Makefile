@@ -1,6 +1,6 @@
-# One command each: demo, test, test-slow, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, shards, drift, examples;
-# fuzz, crash-test and soak, which take long; and test-gpu, sanitize-gpu and bench-gpu where there is a GPU. Every target
-# makes its environment first, but those three: they run in one that has CuPy, see docs/howto/gpu.md.
+# One command each: demo, test, test-slow, lint, docs, docs-serve, bench, bench-compare, floors, long-stream, shards, drift,
+# examples, evaluate; fuzz, crash-test and soak, which take long; and test-gpu, sanitize-gpu and bench-gpu where there is
+# a GPU. Every target makes its environment first, but those three: they run in one that has CuPy, see docs/howto/gpu.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ SITE := build/docs
 PORT ?= 8000
 
 .PHONY: demo test test-slow test-transformers lint docs docs-serve readme-plot bench bench-compare floors long-stream shards drift \
-  fuzz crash-test soak examples examples-baselines test-gpu sanitize-gpu bench-gpu clean
+  fuzz crash-test soak examples examples-baselines evaluate evaluate-baselines evaluate-report test-gpu sanitize-gpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/subgen demo --plot build/demo.png
@@ -102,6 +102,34 @@ examples: $(VENV)/.test
 
 examples-baselines: $(BASELINES)/.done
 	$(BASELINES)/bin/python examples/baselines.py --out build/baselines.json
+
+# A real model on RULER's tasks: a few samples take 15 minutes on two cores. More of them: SAMPLES=50 TASKS=single_2,turns.
+# Answers stay in build/real, so a run continues where it was stopped; `make evaluate-report` needs no model.
+REAL := build/real
+ANSWERS = $(REAL)/subgen.jsonl $(REAL)/presses.jsonl
+SAMPLES ?= 4
+TASKS ?= single_2,prose
+EVALUATE = $(REAL)/model $(REAL)/essays --samples $(SAMPLES) --tasks $(TASKS)
+
+evaluate: $(REAL)/.done
+	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/evaluate.py $(EVALUATE) --out $(REAL)/subgen.jsonl
+	$(MAKE) evaluate-report
+
+# The methods of kvpress on the same samples, and the question before and after the compression.
+evaluate-baselines: $(REAL)/.done $(BASELINES)/.done
+	OMP_NUM_THREADS=2 $(BIN)/python examples/real_model/evaluate.py $(EVALUATE) --protocols excluded,included \
+	  --out $(REAL)/subgen.jsonl
+	OMP_NUM_THREADS=2 $(BASELINES)/bin/python examples/real_model/presses.py $(EVALUATE) --protocols excluded,included \
+	  --out $(REAL)/presses.jsonl
+	$(MAKE) evaluate-report
+
+evaluate-report:
+	$(BIN)/python examples/real_model/report.py $(ANSWERS) --plot $(REAL)/report.svg --summary $(REAL)/report.json
+
+$(REAL)/.done: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf
+	$(BIN)/python examples/real_model/fetch.py $(REAL)
+	@touch $@
 
 # Warnings of whatever releases are there are no errors here.
 test-gpu:

@@ -1,0 +1,82 @@
+"""What a real model loses when its cache is compressed: RULER's tasks and text, exact cache beside cluster means.
+
+``make evaluate`` runs a small set on SmolLM2-135M-Instruct. Answers are lines of JSON in a file: a run that was stopped
+continues where it was. ``presses.py`` adds the methods of kvpress, and ``report.py`` makes tables and plots.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from protocol import EXACT, PROTOCOLS, Filled, cache_name, load, read_text, run
+from subgen_torch.transformers import SubGenCache, enable
+from subgen_torch.transformers.functions import subgen_attention
+from subgen_torch.transformers.recording import Recorded, recorded
+from torch import Tensor
+from transformers import DynamicCache
+
+#: Name and storage.
+METHODS = {"cluster means": "input", "cluster means, int8": "int8"}
+
+
+def fill(model: Any, kept: Sequence[float], ids: Tensor) -> Iterator[Filled]:
+    """Read a context once, and compress it by every method at every budget."""
+    exact, start = DynamicCache(config=model.config), time.perf_counter()
+    with recorded(model) as layers:
+        model.base_model(ids, **{cache_name(model): exact})
+    seconds = time.perf_counter() - start
+    nbytes = sum(x.nbytes for layer in exact.layers for x in (layer.keys, layer.values))
+    yield Filled(EXACT, 1.0, exact, nbytes, seconds)
+    for share in kept:
+        for method, storage in METHODS.items():
+            start = time.perf_counter()
+            cache = SubGenCache(model.config, compression_ratio=1 - share, storage=storage)
+            for index, layer in sorted(layers.items()):
+                absorb(cache, index, layer)
+            more = time.perf_counter() - start
+            yield Filled(method, share, cache, cache.report().total.nbytes, seconds + more)
+
+
+def absorb(cache: SubGenCache, index: int, layer: Recorded) -> None:
+    """Give a layer of the cache what the model gave to attention. It attends once more, which counts in the time."""
+    keys, values = cache.update(layer.keys, layer.values, index)
+    subgen_attention(layer.module, layer.queries, keys, values, None, scaling=layer.scale)
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Of a model of transformers, with its tokenizer.")],
+    text: Annotated[Path, typer.Argument(help="A text file, or a folder of .txt files: the haystack.")],
+    out: Annotated[Path, typer.Option(help="File of answers, as lines of JSON.")] = Path("build/real/subgen.jsonl"),
+    tasks: Annotated[str, typer.Option(help="Names, with commas; see subgen.evaluation.tasks.")] = "single_2,prose",
+    lengths: Annotated[str, typer.Option(help="Tokens of context and question, with commas.")] = "1536",
+    budgets: Annotated[str, typer.Option(help="Shares of the bytes kept, with commas.")] = "0.25,0.1",
+    protocols: Annotated[str, typer.Option(help="excluded, included, or both with a comma.")] = "excluded",
+    samples: Annotated[int, typer.Option(help="Of each task, length and protocol.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the model, and so of the cache.")] = "float32",
+) -> None:
+    """Answer questions from an exact cache, from cluster means and from cluster means in int8."""
+    # Two calls a cache, of which the second is no part of the prompt: the warning about chunks is not for us.
+    logging.getLogger("subgen_torch").setLevel(logging.ERROR)
+    model, tokenizer = load(folder, dtype=dtype)
+    enable(model)
+    run(
+        model,
+        tokenizer,
+        partial(fill, model, [float(x) for x in budgets.split(",") if x]),
+        tasks=tasks.split(","),
+        lengths=[int(x) for x in lengths.split(",")],
+        protocols=[x for x in PROTOCOLS if x in protocols.split(",")],
+        samples=samples,
+        text=read_text(text),
+        path=out,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
