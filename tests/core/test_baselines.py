@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from subgen.evaluation.baselines import BASELINES, Answers, Prefix, Summary, exact
+from subgen.evaluation.baselines.clusters import Moments
 from subgen.evaluation.baselines.eviction import snapkv
 from subgen.evaluation.baselines.halving import second_of_each_pair
 from subgen.evaluation.baselines.nystrom import SignedSummary
@@ -27,6 +28,8 @@ STREAMS, N, HEAD_DIM, VALUE_DIM, SINKS, WINDOW = 3, 60, 8, 6, 2, 5
 # Algorithm 1 keeps samples of keys and of pairs, not pairs: no sinks, no window, and no budget at which it is exact.
 METHODS_OF_WEIGHT = ("halving", "uniform")
 PAIRS = sorted(set(BASELINES) - {"algorithm1"})
+# Of means, not of tokens.
+CLUSTERED = {"momentkv", "reskv"}
 EVICTIONS = ["streaming-llm", "h2o", "snapkv", "expected-attention", "keydiff"]
 
 
@@ -90,7 +93,7 @@ def test_answers_have_the_shape_of_the_queries_and_are_finite(name: str, group: 
 
 
 @pytest.mark.parametrize("budget", [SINKS + WINDOW, SINKS + WINDOW + 1, 20, N - 1, N])
-@pytest.mark.parametrize("name", sorted(set(PAIRS) - {"oracle"}))
+@pytest.mark.parametrize("name", sorted(set(PAIRS) - {"oracle"} - CLUSTERED))
 def test_the_budget_is_used_in_full_with_sinks_and_window_in_it(name: str, budget: int) -> None:
     prefix = make_prefix()
     summary = compress(name, prefix, budget)
@@ -123,7 +126,7 @@ def test_equal_seeds_give_equal_answers(name: str) -> None:
     np.testing.assert_array_equal(once[1], again[1])
 
 
-@pytest.mark.parametrize("name", ["uniform", "halving", "nystrom", "algorithm1"])
+@pytest.mark.parametrize("name", ["uniform", "halving", "nystrom", "algorithm1", "reskv"])
 def test_other_seeds_give_other_answers(name: str) -> None:
     prefix = make_prefix()
     rows = make_rows(prefix)
@@ -137,11 +140,14 @@ def test_bytes_are_those_of_the_budget_and_the_weights(name: str) -> None:
     prefix = make_prefix(dtype=np.float16)
     budget = 30
     pairs = STREAMS * budget * (HEAD_DIM + VALUE_DIM) * 2
-    weights = {"uniform": 4 * STREAMS * budget, "halving": 4 * STREAMS * budget}
+    weights = dict.fromkeys(("uniform", "halving", "reskv", "attention-matching"), 4 * STREAMS * budget)
     weights["nystrom"] = 4 * STREAMS * budget + 2 * STREAMS * VALUE_DIM * 2
     nbytes = compress(name, prefix, budget).nbytes
     if name == "algorithm1":
         assert 0.5 * pairs < nbytes <= pairs
+    elif name == "momentkv":
+        # What no whole cluster or entry fits into is left.
+        assert pairs - STREAMS * ((HEAD_DIM + VALUE_DIM) * 2 + 4) < nbytes <= pairs
     else:
         assert nbytes == pairs + weights.get(name, 0)
 
@@ -165,6 +171,55 @@ def test_equal_keys_do_no_harm(name: str) -> None:
     prefix = replace(prefix, keys=np.ones_like(prefix.keys), values=np.ones_like(prefix.values))
     outputs, _ = compress(name, prefix, 20).answer(make_rows(prefix))
     np.testing.assert_allclose(outputs, 1.0, atol=1e-3)
+
+
+def test_reskv_holds_means_and_counts_of_what_it_does_not_keep() -> None:
+    prefix = make_prefix()
+    summary = compress("reskv", prefix, 27)
+    assert isinstance(summary, Summary)
+    entries = SINKS + WINDOW + 5  # a quarter of 20, and 15 clusters
+    exactly, tokens = replace(summary, **{name: x[:, :entries] for name, x in vars(summary).items()}), []
+    for stream, kept in enumerate(kept_tokens(prefix, exactly)):
+        rest = sorted(set(range(N)) - set(kept))
+        counts = np.exp(summary.log_weights[stream, entries:])
+        np.testing.assert_allclose(counts.sum(), len(rest), rtol=1e-5)
+        for name in ("keys", "values"):
+            means = getattr(summary, name)[stream, entries:]
+            np.testing.assert_allclose(counts @ means, getattr(prefix, name)[stream, rest].sum(axis=0), atol=1e-4)
+        tokens.append(kept)
+    assert all(len(set(kept)) == entries for kept in tokens)
+
+
+def test_momentkv_is_exact_to_first_order_in_the_query() -> None:
+    """The derivative of an output at a query of zero is the covariance of values and keys, whatever the clusters."""
+    prefix = make_prefix(seed=2)
+    answers = compress("momentkv", prefix, 50)
+    assert isinstance(answers, Moments)
+    assert answers.covariance.shape[1] > 0
+    # 1e-3 in float64: what is left is of second order, 1e-6.
+    rows = 1e-3 * np.random.default_rng(1).normal(size=(STREAMS, 9, HEAD_DIM))
+    outputs, _ = answers.answer(rows)
+    expected, _ = plain_attention(prefix, rows)
+    plain, _ = answers.entries.answer(rows)
+    np.testing.assert_allclose(outputs, expected, atol=2e-5)
+    assert abs(plain - expected).max() > 10 * abs(outputs - expected).max()
+
+
+def test_attention_matching_fits_reference_queries_better_than_the_same_keys_alone() -> None:
+    prefix = make_prefix(group=2)
+    fitted = compress("attention-matching", prefix, 25)
+    assert isinstance(fitted, Summary)
+    tokens = np.array(kept_tokens(prefix, fitted))
+    values = np.take_along_axis(prefix.values, tokens[..., None], axis=1)
+    alone = replace(fitted, values=values, log_weights=np.zeros_like(fitted.log_weights))
+    rows = prefix.last_queries(N).reshape(STREAMS, -1, HEAD_DIM)
+    expected, mass = plain_attention(prefix, rows)
+    errors = [
+        [abs(x - y).mean() for x, y in zip(each.answer(rows), (expected, mass), strict=True)]
+        for each in (fitted, alone)
+    ]
+    assert errors[0][0] < 0.6 * errors[1][0]
+    assert errors[0][1] < 0.5 * errors[1][1]
 
 
 # A prefix that does not fit

@@ -9,6 +9,8 @@ returns an object that answers queries (`subgen.evaluation.baselines.prefix.Answ
     uniform     a uniform sample of the middle
     halving     kernel halving (Thinformer, the coreset inside Express)
     nystrom     randomly pivoted Nystrom weights (WildCat)
+    clusters    ResKV, MomentKV: the best entries, and clusters of the others
+    matching    Attention Matching: masses and values fitted to reference queries
     algorithm1  the paper's Algorithm 1 at equal bytes
     oracle      the best KV entries of each future query: no eviction method can beat it
 
@@ -26,7 +28,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from . import algorithm1, eviction, halving, nystrom, oracle, uniform
+from . import algorithm1, clusters, eviction, halving, matching, nystrom, oracle, uniform
 from .prefix import Answers, Prefix, Summary, exact
 
 __all__ = ["BASELINES", "Answers", "Baseline", "Compress", "Prefix", "Summary", "exact"]
@@ -72,6 +74,13 @@ BASELINES: Mapping[str, Baseline] = MappingProxyType(
         ),
         "nystrom": Baseline(
             nystrom.nystrom, "randomly pivoted keys with Nystrom weights (WildCat)", "arXiv 2602.10056"
+        ),
+        "reskv": Baseline(clusters.reskv, "a quarter exactly, clusters of the others", "arXiv 2607.29591"),
+        "momentkv": Baseline(
+            clusters.momentkv, "the same, clusters with the covariance of values and keys", "arXiv 2606.01563"
+        ),
+        "attention-matching": Baseline(
+            matching.attention_matching, "keys, with masses and values fitted to reference queries", "arXiv 2602.16284"
         ),
         "algorithm1": Baseline(
             algorithm1.algorithm1, "the paper's clusters and value samples, at equal bytes", "arXiv 2402.06082"

@@ -61,8 +61,12 @@ def snapkv(prefix: Prefix, budget: int, rng: np.random.Generator, *, observed: i
     ----------
     Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469 (2024).
     """
-    received = attention_received(prefix, min(observed, prefix.n))
-    return _keep_best(prefix, budget, _average(received, kernel))
+    return _keep_best(prefix, budget, snapkv_scores(prefix, observed, kernel))
+
+
+def snapkv_scores(prefix: Prefix, observed: int = 16, kernel: int = 7) -> NDArray[np.float64]:
+    """Compute the scores of `snapkv`: shape (streams, n)."""
+    return _average(attention_received(prefix, min(observed, prefix.n)), kernel)
 
 
 def expected_attention(prefix: Prefix, budget: int, rng: np.random.Generator, *, observed: int = 64) -> Summary:
@@ -118,11 +122,14 @@ def keydiff(prefix: Prefix, budget: int, rng: np.random.Generator) -> Summary:
 
 def _keep_best(prefix: Prefix, budget: int, scores: Floats) -> Summary:
     """Keep the sinks, the window and the tokens of the best scores, in order; equal scores keep the later token."""
-    n_kept = check_budget(prefix, budget)
+    return keep(prefix, with_ends(prefix, best_tokens(prefix, check_budget(prefix, budget), scores)))
+
+
+def best_tokens(prefix: Prefix, count: int, scores: Floats) -> NDArray[np.int64]:
+    """Return the positions of the middle with the best scores, in order: ``(streams, count)``."""
     middle = scores[:, prefix.middle][:, ::-1]
     last = prefix.n - prefix.window - 1
-    best = np.sort(last - np.argsort(-middle, axis=-1, kind="stable")[:, :n_kept], axis=-1)
-    return keep(prefix, with_ends(prefix, best))
+    return np.sort(last - np.argsort(-middle, axis=-1, kind="stable")[:, :count], axis=-1)
 
 
 def _average(scores: NDArray[np.float64], kernel: int) -> NDArray[np.float64]:
