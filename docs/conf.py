@@ -55,11 +55,11 @@ numpydoc_validation_exclude = {
     # Modules for contributors: a line and the shapes do.
     r"subgen\.(default\.\w+|paper\.\w+|io\.(save|validate)|leaders|reservoirs|softmax|evaluation\.baselines\.\w+)\.",
     # Results, whose fields stand under "Attributes"; and constants, whose docstring is no attribute of theirs.
-    r"subgen\.evaluation\.(plan\.\w+|compare\.Comparison|baselines\.Baseline|stream\.Report)$",
+    r"subgen\.evaluation\.(plan\.\w+|tasks\.(Question|Sample)|compare\.Comparison|baselines\.Baseline|stream\.Report)$",
     r"subgen\.(io\.captures\.Capture|layout\.Layout|sketch\.Checked)$",
     r"subgen\.theory\.(MassBounds|SampleSizes)$",
     r"\.(CacheReport|LayerReport)$",
-    r"\.(PORTABLE|BASELINES|METHODS)$",
+    r"\.(PORTABLE|BASELINES|METHODS|TASKS)$",
     # What Transformers asks of a cache, and a budget of a sketch: see the class they come from.
     r"\.(reorder_cache|batch_select_indices|SubGenCache\.update|Power\.clusters)$",
 }

@@ -102,7 +102,7 @@ def recorded(model: Any) -> Iterator[dict[int, Recorded]]:
 
 
 def capture(model: Any, input_ids: Tensor, *, layers: Sequence[int] | None = None, dtype: str = "float16") -> Capture:
-    """Capture queries, keys and values of a text, for `subgen.compare`, `subgen.plan` and `subgen.io`.
+    """Capture queries, keys and values of a text, for ``subgen.compare`` and ``subgen.plan``.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def capture(model: Any, input_ids: Tensor, *, layers: Sequence[int] | None = Non
 def capture_text(
     name: str, text: str, *, length: int, layers: Sequence[int] | None = None, dtype: str = "float16"
 ) -> Capture:
-    """Load a model in float32, and capture the first tokens of a text; see `capture`.
+    """Load a model in float32, and capture the first tokens of a text.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def capture_text(
     length : int
         Tokens read, if the text has so many.
     layers, dtype
-        As in `capture`.
+        As in ``capture``.
 
     Returns
     -------
@@ -195,7 +195,7 @@ def capture_text(
     FileError
         If the model or its tokenizer cannot be loaded.
     TypeError, ValueError
-        As `capture` does, or if the text is empty.
+        As ``capture`` raises, or if the text is empty.
     """
     length = check_integer("length", length)
     try:
