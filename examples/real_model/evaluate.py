@@ -59,7 +59,9 @@ def absorb(cache: SubGenCache, index: int, layer: Recorded) -> None:
 def main(
     folder: Annotated[Path, typer.Argument(help="Of a model of transformers, with its tokenizer.")],
     text: Annotated[Path, typer.Argument(help="A text file, or a folder of .txt files: the haystack.")],
-    out: Annotated[Path, typer.Option(help="File of answers, as lines of JSON.")] = Path("build/real/subgen.jsonl"),
+    out: Annotated[Path, typer.Option(help="File of answers, as lines of JSON; another for other budgets.")] = Path(
+        "build/real/subgen.jsonl"
+    ),
     tasks: Annotated[str, typer.Option(help="Names, with commas; see subgen.evaluation.tasks.")] = "single_2,prose",
     lengths: Annotated[str, typer.Option(help="Tokens of context and question, with commas.")] = "1536",
     budgets: Annotated[str, typer.Option(help="Shares of the bytes kept, with commas.")] = "0.25,0.1",

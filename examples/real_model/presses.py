@@ -112,7 +112,9 @@ def fill(model: Any, kept: Sequence[float], ids: Tensor) -> Iterator[Filled]:
 def main(
     folder: Annotated[Path, typer.Argument(help="Of a model of transformers, with its tokenizer.")],
     text: Annotated[Path, typer.Argument(help="A text file, or a folder of .txt files: the haystack.")],
-    out: Annotated[Path, typer.Option(help="File of answers, as lines of JSON.")] = Path("build/real/presses.jsonl"),
+    out: Annotated[Path, typer.Option(help="File of answers, as lines of JSON; another for other budgets.")] = Path(
+        "build/real/presses.jsonl"
+    ),
     tasks: Annotated[str, typer.Option(help="Names, with commas; see subgen.evaluation.tasks.")] = "single_2,prose",
     lengths: Annotated[str, typer.Option(help="Tokens of context and question, with commas.")] = "1536",
     budgets: Annotated[str, typer.Option(help="Shares of the bytes kept, with commas.")] = "0.25,0.1",
