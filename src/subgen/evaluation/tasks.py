@@ -150,17 +150,17 @@ class _Needles:
 
     Attributes
     ----------
-        haystack : {"noise", "text", "needles"}
-        keys, values : {"word", "number", "uuid"}
-            What they look like.
-        n_keys, n_values : int
-            Keys hidden, and values of each.
-        n_asked : int
-            Keys asked for.
-        together : bool
-            Whether one question asks for all of them.
-        sequential : bool
-            See `Sample`.
+    haystack : {"noise", "text", "needles"}
+    keys, values : {"word", "number", "uuid"}
+        What they look like.
+    n_keys, n_values : int
+        Keys hidden, and values of each.
+    n_asked : int
+        Keys asked for.
+    together : bool
+        Whether one question is about all of them.
+    sequential : bool
+        See `Sample`.
     """
 
     haystack: str
@@ -193,7 +193,7 @@ class _Needles:
         else:
             units = (lambda n: [_NOISE] * n) if self.haystack == "noise" else _sentences_of(draw)
             between = "\n" if self.haystack == "noise" else " "
-        depths = [i / (_DEPTHS - 1) for i in sorted(draw.random.sample(range(_DEPTHS), len(lines)))]
+        depths = _depths(draw.random, len(lines))
         draw.random.shuffle(lines)
 
         def context(n: int) -> str:
@@ -222,6 +222,11 @@ def _ask(keys: Sequence[str], pairs: Sequence[tuple[str, str]], kind: str) -> Qu
     )
 
 
+def _depths(drawn: random.Random, count: int) -> list[float]:
+    """Draw different depths, from 0 to 1 in increasing order."""
+    return [i / (_DEPTHS - 1) for i in sorted(drawn.sample(range(_DEPTHS), count))]
+
+
 def _planted(units: list[str], lines: list[str], depths: list[float]) -> list[str]:
     """Put lines between units, at depths from 0 to 1 in increasing order."""
     planted, last = [], 0
@@ -236,6 +241,7 @@ def _sentences_of(draw: _Draw) -> Callable[[int], list[str]]:
     """Return a function that gives the next sentences of the text, from one drawn on; past the end it starts again."""
     sentences = _sentences(draw.text)
     start = draw.random.randrange(len(sentences))
+    following = sentences[start:] + sentences[:start]
 
     def some(n: int) -> list[str]:
         if n > len(sentences):
@@ -243,7 +249,7 @@ def _sentences_of(draw: _Draw) -> Callable[[int], list[str]]:
                 f"the text has {len(sentences)} sentences and the context takes more: give a longer text, or a "
                 f"smaller length"
             )
-        return (sentences[start:] + sentences[:start])[:n]
+        return following[:n]
 
     return some
 
@@ -252,7 +258,7 @@ def _sentences_of(draw: _Draw) -> Callable[[int], list[str]]:
 def _sentences(text: str) -> list[str]:
     sentences = [x for x in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if x]
     if not sentences:
-        raise ValueError("this task hides needles in a text, and the text is empty")
+        raise ValueError("this task takes its words from a text, and the text is empty")
     return sentences
 
 
@@ -286,7 +292,7 @@ def _variable_tracking(draw: _Draw) -> Sample:
     shown = f"{' '.join(example)}\n{_which(answer[0])}{_which_prefix(answer[0])} {', '.join(answer[1])}.\n\n"
     lines, (value, names) = _chain(draw.random)
     question = Question(_which(value), _which_prefix(value), tuple(names))
-    depths = [i / (_DEPTHS - 1) for i in sorted(draw.random.sample(range(_DEPTHS), len(lines)))]
+    depths = _depths(draw.random, len(lines))
 
     def context(n: int) -> str:
         return head + shown + "\n".join(_planted([_NOISE] * n, lines, depths))

@@ -71,8 +71,7 @@ def reskv(prefix: Prefix, budget: int, rng: np.random.Generator) -> Summary:
     """
     n_kept = check_budget(prefix, budget)
     n_exact = int(n_kept * _EXACT)
-    summary, _ = _clustered(prefix, n_exact, n_kept - n_exact, rng)
-    return summary
+    return _clustered(prefix, n_exact, n_kept - n_exact, rng)[0]
 
 
 def momentkv(prefix: Prefix, budget: int, rng: np.random.Generator) -> Moments:
@@ -100,21 +99,36 @@ def momentkv(prefix: Prefix, budget: int, rng: np.random.Generator) -> Moments:
     n_exact = (room - n_clusters * cluster) // (entry + 4) if n_clusters else n_kept
     if n_kept == prefix.n - prefix.sinks - prefix.window:
         n_exact, n_clusters = n_kept, 0
-    summary, covariance = _clustered(prefix, n_exact, n_clusters, rng)
+    summary, clusters = _clustered(prefix, n_exact, n_clusters, rng)
+    covariance = np.zeros((prefix.streams, n_clusters if clusters else 0, value_dim, head_dim), prefix.keys.dtype)
+    for stream, (members, keys, values) in enumerate(clusters):
+        # The mean of products, less the product of means.
+        joint = np.einsum("cn,nv,nk->cvk", members, values, keys, optimize=True)
+        covariance[stream] = joint - (members @ values)[:, :, None] * (members @ keys)[:, None, :]
     return Moments(summary, covariance)
 
 
-def _clustered(prefix: Prefix, n_exact: int, n_clusters: int, rng: np.random.Generator) -> tuple[Summary, Floats]:
-    """Keep the best entries, and cluster the others; return the entries and the covariances of the clusters."""
-    shape = (prefix.streams, 0, prefix.values.shape[-1], prefix.keys.shape[-1])
+def _clustered(
+    prefix: Prefix, n_exact: int, n_clusters: int, rng: np.random.Generator
+) -> tuple[Summary, list[tuple[Floats, Floats, Floats]]]:
+    """Keep the best entries, and cluster the others.
+
+    Returns
+    -------
+    Summary
+        The entries, and behind them the means of the clusters.
+    list of tuple
+        For each stream, if there are clusters: the share of each token in the mean of each cluster, shape
+        (clusters, n), and the keys and values of these tokens.
+    """
     n_middle = prefix.n - prefix.sinks - prefix.window
     if n_exact + n_clusters >= n_middle:
-        return exact(prefix), np.zeros(shape, prefix.keys.dtype)
+        return exact(prefix), []
     main = best_tokens(prefix, n_exact, snapkv_scores(prefix))
     kept = keep(prefix, with_ends(prefix, main))
     if not n_clusters:
-        return kept, np.zeros(shape, prefix.keys.dtype)
-    means, counts, covariances = [], [], []
+        return kept, []
+    counts, clusters = [], []
     for stream in range(prefix.streams):
         rest = np.setdiff1d(np.arange(prefix.sinks, prefix.n - prefix.window), main[stream])
         keys, values = (x[stream, rest].astype(np.float64) for x in (prefix.keys, prefix.values))
@@ -122,18 +136,14 @@ def _clustered(prefix: Prefix, n_exact: int, n_clusters: int, rng: np.random.Gen
         members = (labels[None, :] == np.arange(n_clusters)[:, None]).astype(np.float64)
         counts.append(members.sum(axis=1))
         members /= counts[-1][:, None]
-        means.append([members @ keys, members @ values])
-        # The mean of products, less the product of means.
-        joint = np.einsum("cn,nv,nk->cvk", members, values, keys, optimize=True)
-        covariances.append(joint - means[-1][1][:, :, None] * means[-1][0][:, None, :])
-    log_counts = np.log(np.stack(counts)).astype(np.float32)
-    mean_keys, mean_values = (np.stack([x[i] for x in means]).astype(prefix.keys.dtype) for i in range(2))
+        clusters.append((members, keys, values))
+    dtype = prefix.keys.dtype
     entries = Summary(
-        np.concatenate([kept.keys, mean_keys], axis=1),
-        np.concatenate([kept.values, mean_values], axis=1),
-        np.concatenate([kept.log_weights, log_counts], axis=1),
+        np.concatenate([kept.keys, np.stack([members @ keys for members, keys, _ in clusters]).astype(dtype)], axis=1),
+        np.concatenate([kept.values, np.stack([members @ x for members, _, x in clusters]).astype(dtype)], axis=1),
+        np.concatenate([kept.log_weights, np.log(np.stack(counts)).astype(np.float32)], axis=1),
     )
-    return entries, np.stack(covariances).astype(prefix.keys.dtype)
+    return entries, clusters
 
 
 def _k_means(points: Floats, count: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ __all__ = ["attention_matching"]
 _REFERENCES = 4096
 # Added to the diagonal of a least-squares problem, as a share of its mean.
 _RIDGE = 1e-4
-# Sweeps over the masses; after them no mass of the shared capture changes by more than a hundredth.
+# Sweeps over the masses.
 _SWEEPS = 50
 # Rounds of the pursuit.
 _STEPS = 16
@@ -22,7 +22,7 @@ _LEAST_MASS = 1e-3
 
 
 def attention_matching(prefix: Prefix, budget: int, rng: np.random.Generator) -> Summary:
-    """Keep the keys that reference queries attend to most, and fit a mass and a value of each to those queries.
+    """Keep keys that represent the attention of reference queries, and fit a mass and a value of each to them.
 
     Keys: orthogonal matching pursuit, a sixteenth of them at a time: those whose attention fits best to the mass that
     is still missing. Masses: non-negative least squares, so that the sum of the weights of the kept keys is that of all
