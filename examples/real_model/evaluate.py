@@ -1,4 +1,4 @@
-"""What a real model loses when its cache is compressed: RULER's tasks and text, exact cache beside cluster means.
+"""What a real model loses when its cache is compressed: RULER's tasks and text, exact cache and cluster means.
 
 ``make evaluate`` runs a small set on SmolLM2-135M-Instruct. Answers are lines of JSON in a file: a run that was stopped
 continues where it was. ``presses.py`` adds the methods of kvpress, and ``report.py`` makes tables and plots.
@@ -15,7 +15,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from protocol import EXACT, PROTOCOLS, Filled, cache_name, load, read_text, run
+from protocol import (
+    EXACT,
+    Budgets,
+    Filled,
+    Folder,
+    Haystack,
+    Lengths,
+    Protocols,
+    Samples,
+    Tasks,
+    cache_name,
+    load,
+    numbers,
+    run,
+)
 from subgen_torch.transformers import SubGenCache, enable
 from subgen_torch.transformers.functions import subgen_attention
 from subgen_torch.transformers.recording import Recorded, recorded
@@ -57,16 +71,16 @@ def absorb(cache: SubGenCache, index: int, layer: Recorded) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Of a model of transformers, with its tokenizer.")],
-    text: Annotated[Path, typer.Argument(help="A text file, or a folder of .txt files: the haystack.")],
+    folder: Folder,
+    text: Haystack,
     out: Annotated[Path, typer.Option(help="File of answers, as lines of JSON; another for other budgets.")] = Path(
         "build/real/subgen.jsonl"
     ),
-    tasks: Annotated[str, typer.Option(help="Names, with commas; see subgen.evaluation.tasks.")] = "single_2,prose",
-    lengths: Annotated[str, typer.Option(help="Tokens of context and question, with commas.")] = "1536",
-    budgets: Annotated[str, typer.Option(help="Shares of the bytes kept, with commas.")] = "0.25,0.1",
-    protocols: Annotated[str, typer.Option(help="excluded, included, or both with a comma.")] = "excluded",
-    samples: Annotated[int, typer.Option(help="Of each task, length and protocol.")] = 8,
+    tasks: Tasks = "single_2,prose",
+    lengths: Lengths = "1536",
+    budgets: Budgets = "0.25,0.1",
+    protocols: Protocols = "excluded",
+    samples: Samples = 8,
     dtype: Annotated[str, typer.Option(help="Of the model.")] = "float32",
     cache_dtype: Annotated[str, typer.Option(help="Of the caches: bytes are counted in it.")] = "bfloat16",
 ) -> None:
@@ -78,12 +92,12 @@ def main(
     run(
         model,
         tokenizer,
-        partial(fill, model, [float(x) for x in budgets.split(",") if x], getattr(torch, cache_dtype)),
-        tasks=tasks.split(","),
-        lengths=[int(x) for x in lengths.split(",")],
-        protocols=[x for x in PROTOCOLS if x in protocols.split(",")],
+        partial(fill, model, numbers(budgets), getattr(torch, cache_dtype)),
+        tasks=tasks,
+        lengths=lengths,
+        protocols=protocols,
         samples=samples,
-        text=read_text(text),
+        text=text,
         path=out,
     )
 

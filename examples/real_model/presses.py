@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import kvpress
 import torch
 import typer
-from protocol import EXACT, Filled, load, read_text, run
+from protocol import EXACT, Budgets, Filled, Folder, Haystack, Lengths, Protocols, Samples, Tasks, load, numbers, run
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -110,16 +110,16 @@ def fill(model: Any, kept: Sequence[float], ids: Tensor) -> Iterator[Filled]:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Of a model of transformers, with its tokenizer.")],
-    text: Annotated[Path, typer.Argument(help="A text file, or a folder of .txt files: the haystack.")],
+    folder: Folder,
+    text: Haystack,
     out: Annotated[Path, typer.Option(help="File of answers, as lines of JSON; another for other budgets.")] = Path(
         "build/real/presses.jsonl"
     ),
-    tasks: Annotated[str, typer.Option(help="Names, with commas; see subgen.evaluation.tasks.")] = "single_2,prose",
-    lengths: Annotated[str, typer.Option(help="Tokens of context and question, with commas.")] = "1536",
-    budgets: Annotated[str, typer.Option(help="Shares of the bytes kept, with commas.")] = "0.25,0.1",
-    protocols: Annotated[str, typer.Option(help="excluded, included, or both with a comma.")] = "excluded",
-    samples: Annotated[int, typer.Option(help="Of each task, length and protocol.")] = 8,
+    tasks: Tasks = "single_2,prose",
+    lengths: Lengths = "1536",
+    budgets: Budgets = "0.25,0.1",
+    protocols: Protocols = "excluded",
+    samples: Samples = 8,
 ) -> None:
     """Answer the questions of evaluate.py from caches that kvpress compressed."""
     logging.disable(logging.WARNING)
@@ -127,12 +127,12 @@ def main(
     run(
         model,
         tokenizer,
-        partial(fill, model, [float(x) for x in budgets.split(",") if x]),
-        tasks=tasks.split(","),
-        lengths=[int(x) for x in lengths.split(",")],
-        protocols=protocols.split(","),
+        partial(fill, model, numbers(budgets)),
+        tasks=tasks,
+        lengths=lengths,
+        protocols=protocols,
         samples=samples,
-        text=read_text(text),
+        text=text,
         path=out,
     )
 

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -28,10 +29,36 @@ from transformers.utils.logging import disable_progress_bar
 from subgen.evaluation.scores import share_found
 from subgen.evaluation.tasks import Question, Sample, draw_sample
 
-__all__ = ["EXACT", "PROTOCOLS", "Filled", "Row", "cache_name", "load", "read", "read_rows", "read_text", "run"]
+__all__ = [
+    "EXACT",
+    "Budgets",
+    "Filled",
+    "Folder",
+    "Haystack",
+    "Lengths",
+    "Protocols",
+    "Row",
+    "Samples",
+    "Tasks",
+    "cache_name",
+    "load",
+    "numbers",
+    "read",
+    "read_rows",
+    "run",
+]
 
 EXACT = "exact cache"
-PROTOCOLS = ("excluded", "included")
+_PROTOCOLS = ("excluded", "included")
+
+# Arguments and options of both programs.
+Folder = Annotated[Path, typer.Argument(help="Of a model of transformers, with its tokenizer.")]
+Haystack = Annotated[Path, typer.Argument(help="A text file, or a folder of .txt files.")]
+Tasks = Annotated[str, typer.Option(help="Names, with commas; see subgen.evaluation.tasks.")]
+Lengths = Annotated[str, typer.Option(help="Tokens of context and question, with commas.")]
+Budgets = Annotated[str, typer.Option(help="Shares of the bytes kept, with commas.")]
+Protocols = Annotated[str, typer.Option(help="excluded, included, or both with a comma.")]
+Samples = Annotated[int, typer.Option(help="Of each task, length and protocol.")]
 # Tokens of a reference that are scored.
 _SCORED = 256
 # Stands between context and question while the chat template is applied.
@@ -76,7 +103,7 @@ class Row:
     length, seed, question : int
         Tokens of the context asked for, number of the sample and of the question.
     tokens : int
-        Of the context, as it was read.
+        Read, of the context.
     exact_nbytes : int
         Bytes of an exact cache of the context.
     found : float or None
@@ -136,10 +163,15 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """Read a text file, or all in a folder in the order of their names."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def numbers(listed: str) -> list[float]:
+    """Read numbers with commas; none from an empty text."""
+    return [float(x) for x in listed.split(",") if x]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -158,11 +190,11 @@ def run(
     tokenizer: Any,
     fill: Callable[[Tensor], Iterator[Filled]],
     *,
-    tasks: Sequence[str],
-    lengths: Sequence[int],
-    protocols: Sequence[str],
-    samples: int,
-    text: str,
+    tasks: Tasks,
+    lengths: Lengths,
+    protocols: Protocols,
+    samples: Samples,
+    text: Haystack,
     path: Path,
 ) -> None:
     """Ask all questions, and append a line of JSON for each answer; samples that are in the file are left out.
@@ -173,22 +205,21 @@ def run(
         From `load`.
     fill : callable
         From the tokens of a context, shape (1, n), to the caches of all methods, one after the other.
-    tasks, lengths, protocols : sequence
-    samples : int
-        Of each task, length and protocol.
-    text : str
-        See `subgen.evaluation.tasks.draw_sample`.
+    tasks, lengths, protocols, samples, text
+        See the options.
     path : Path
         Where the lines are.
     """
+    haystack = _read_text(text)
     done = {row.sample for row in read_rows(path)}
     # Samples first: a run that is stopped has some of every task.
     wanted = [
         (protocol, task, length, seed)
         for seed in range(samples)
-        for length in lengths
-        for protocol in protocols
-        for task in tasks
+        for length in map(int, lengths.split(","))
+        for protocol in _PROTOCOLS
+        if protocol in protocols.split(",")
+        for task in tasks.split(",")
         if not (protocol == "included" and task in ("prose", "questions", "turns"))
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -199,7 +230,9 @@ def run(
             protocol, task, length, seed = key
             progress.update(job, description=f"{task}, {length} tokens")
             if key not in done:
-                sample = draw_sample(task, seed, text=text, count_tokens=lambda x: _count(tokenizer, x), length=length)
+                sample = draw_sample(
+                    task, seed, text=haystack, count_tokens=lambda x: _count(tokenizer, x), length=length
+                )
                 rows = list(_ask_all(model, tokenizer, fill, sample, protocol, length))
                 with path.open("a") as file:
                     file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)

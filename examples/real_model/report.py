@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,7 @@ from rich.table import Table
 
 from subgen.evaluation.scores import wilson_interval
 
-console = Console()
-if not console.is_terminal:
-    console = Console(width=120)
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 _OURS = "cluster means"
 _TITLES = {"excluded": "question follows", "included": "question compressed too"}
